@@ -1,0 +1,123 @@
+"""What is compiled (``KernelConfig``, ``KernelSpec``) and what is chosen per call (``Plan``).
+
+Every value here round-trips through a readable string key: the key is the file name, the table
+cell, the log line and the command-line argument.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from marlin_gen.arch import ARCHS, Arch
+from marlin_gen.formats import DTYPES, FORMATS, DType, WeightFormat
+
+PARTITIONS = ("tiles", "clusterk", "striped")
+DEQUANTS = ("exact", "deferred")
+
+
+@dataclass(frozen=True, order=True)
+class KernelConfig:
+    """One point of the search space. Everything here changes the generated code, and nothing else does."""
+
+    family: str  # "mma" or "wgmma": also the template's stem
+    block_m: int  # tokens of a block tile
+    block_n: int  # output features of a block tile (one pass); rows of the A operand, since the product is transposed
+    block_k: int  # k of one pipeline stage
+    warps_n: int  # consumer warps side by side along the features
+    warps_k: int  # consumer warps (mma) or warpgroups (wgmma) that split k; their sums meet in shared memory
+    num_stages: int  # depth of the shared-memory ring
+    blocks_per_sm: int  # resident blocks the kernel is compiled for
+    cluster_size: int  # blocks of a cluster; 1 = none
+    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: equal k ranges, fixed up in order
+    dequant: str  # exact: zero point and scale applied in registers; deferred: to the fp32 sums of each group
+
+    def __post_init__(self) -> None:
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"partition={self.partition!r} is not one of {PARTITIONS}")
+        if self.dequant not in DEQUANTS:
+            raise ValueError(f"dequant={self.dequant!r} is not one of {DEQUANTS}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{f.name}={value!r} is not a positive whole number")
+
+    @property
+    def key(self) -> str:
+        return (
+            f"{self.family}-m{self.block_m}n{self.block_n}k{self.block_k}-w{self.warps_n}x{self.warps_k}"
+            f"-s{self.num_stages}-b{self.blocks_per_sm}-c{self.cluster_size}-{self.partition}-{self.dequant}"
+        )
+
+    @classmethod
+    def from_key(cls, key: str) -> KernelConfig:
+        found = _CONFIG_KEY.fullmatch(key)
+        if not found:
+            raise ValueError(f"not a kernel config key: {key!r}; example: {_EXAMPLE}")
+        family, *numbers, partition, dequant = found.groups()
+        return cls(family, *map(int, numbers), partition, dequant)  # type: ignore[arg-type]
+
+
+_EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"
+_CONFIG_KEY = re.compile(r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)")
+
+
+@dataclass(frozen=True, order=True)
+class Plan:
+    """What a table row names: a compiled config and the order in which its tiles are walked (a launch argument)."""
+
+    config: KernelConfig
+    raster: int = 1  # feature tiles walked together before the next token tile; 1 = feature tile by feature tile
+
+    @property
+    def key(self) -> str:
+        return f"{self.config.key}-r{self.raster}"
+
+    @classmethod
+    def from_key(cls, key: str) -> Plan:
+        stem, _, raster = key.rpartition("-r")
+        if not raster.isdigit() or int(raster) < 1:
+            raise ValueError(f"not a plan key: {key!r}; example: {_EXAMPLE}-r8")
+        return cls(KernelConfig.from_key(stem), int(raster))
+
+
+@dataclass(frozen=True, order=True)
+class KernelSpec:
+    """The identity of one binary: a config for one weight format, activation type and target."""
+
+    config: KernelConfig
+    weight_format: str
+    act_dtype: str
+    arch: str
+
+    def __post_init__(self) -> None:
+        for name, value, rows in (
+            ("weight_format", self.weight_format, FORMATS),
+            ("act_dtype", self.act_dtype, DTYPES),
+            ("arch", self.arch, ARCHS),
+        ):
+            if value not in rows:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(sorted(rows))}")
+
+    @property
+    def key(self) -> str:
+        return f"{self.config.key}-{self.weight_format}-{self.act_dtype}-{self.arch}"
+
+    @classmethod
+    def from_key(cls, key: str) -> KernelSpec:
+        parts = key.rsplit("-", 3)
+        if len(parts) != 4:
+            raise ValueError(f"not a kernel spec key: {key!r}; example: {_EXAMPLE}-u4b8g128-f16-sm_90a")
+        return cls(KernelConfig.from_key(parts[0]), *parts[1:])
+
+    @property
+    def format_row(self) -> WeightFormat:
+        return FORMATS[self.weight_format]
+
+    @property
+    def dtype_row(self) -> DType:
+        return DTYPES[self.act_dtype]
+
+    @property
+    def arch_row(self) -> Arch:
+        return ARCHS[self.arch]

@@ -1,0 +1,96 @@
+"""What a kernel family is: the whole extension surface for a new kind of kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from marlin_gen.arch import Arch, Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.formats import WeightFormat
+from marlin_gen.problem import Problem
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How one plan is launched on one problem: everything but the pointers.
+
+    Kernel arguments are ``operands`` in order, then ``scalars`` as int32 in order.
+    """
+
+    grid: int  # blocks
+    threads: int  # per block
+    smem_bytes: int  # dynamic shared memory per block
+    cluster: int
+    operands: tuple[str, ...]  # of OPERANDS
+    scalars: tuple[int, ...]
+    a_box: tuple[int, int] = (0, 0)  # (tokens, k) of one TMA box of A, if "a_map" is an operand
+    c_box: tuple[int, int] = (0, 0)  # (tokens, features) of one TMA box of C, if "c_map" is an operand
+    partials_bytes: int = 0  # fp32 scratch for split tiles; contents need not survive or be zeroed
+    num_locks: int = 0  # int32 words, zero before the launch and zero again after it
+
+
+# Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the rest device pointers.
+OPERANDS = ("a_map", "c_map", "a", "c", "weight", "scales", "partials", "locks")
+
+
+class KernelFamily(Protocol):
+    """One template and what the host must know about it. Pure: no torch, no driver."""
+
+    name: str  # template stem, kernel symbol prefix, KernelConfig.family
+    summary: str  # one line for people
+
+    def axes(self, arch: Arch) -> dict[str, tuple[Any, ...]]:
+        """Candidate values per KernelConfig field (all but ``family``), in their natural order."""
+        ...
+
+    def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
+        """The only statement of legality of a binary: None, or a sentence that names the value that is wrong."""
+        ...
+
+    def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
+        """Why this binary cannot serve this problem, as a sentence; None when it can."""
+        ...
+
+    def default(self, problem: Problem, gpu: Gpu) -> Plan:
+        """A good plan without a table."""
+        ...
+
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+        """Every config that ``default`` may return: they are seeds of a search and ship prebuilt."""
+        ...
+
+    def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
+        """Tile orders worth timing on this problem; (1,) where the order cannot matter."""
+        ...
+
+    def threads(self, config: KernelConfig) -> int: ...
+
+    def smem_bytes(self, config: KernelConfig, fmt: WeightFormat) -> int:
+        """Dynamic shared memory of one block; the kernel static_asserts the same number."""
+        ...
+
+    def max_registers(self, config: KernelConfig, arch: Arch) -> int:
+        """Registers per thread at launch that leave room for ``blocks_per_sm`` blocks."""
+        ...
+
+    def template_values(self, spec: KernelSpec) -> dict[str, Any]:
+        """What the template prints beside the config: host numbers to assert, lists to unroll."""
+        ...
+
+    def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
+        """Grid and scalars. ``max_clusters`` is how many clusters (blocks, when cluster_size is 1) are resident at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The families by name."""
+
+    rows: dict[str, KernelFamily] = field(default_factory=dict)
+
+    def of(self, config: KernelConfig) -> KernelFamily:
+        if config.family not in self.rows:
+            raise ValueError(f"unknown kernel family {config.family!r}; known: {', '.join(sorted(self.rows))}")
+        return self.rows[config.family]

@@ -1,0 +1,63 @@
+"""Number formats, as rows: activation types and quantised weight formats.
+
+Adding a weight format is one row here and one ``decode`` overload in
+``templates/include/marlin_gen/dequant.cuh``; tests and registries iterate the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DType:
+    """A 16-bit activation/output type: our name, its torch attribute, its size."""
+
+    name: str  # the token in keys and file names
+    torch_name: str  # getattr(torch, torch_name)
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight is stored: ``weight = (code - zero_point) * scale[row, k // group_size]``."""
+
+    name: str  # the token in keys, tables and file names
+    bits: int
+    zero_point: int  # one number for all groups: the format is symmetric about it
+    group_size: int  # weights along k that share a scale
+    scale_dtype: str
+
+    @property
+    def codes(self) -> int:
+        """How many different codes there are; codes are 0 .. codes - 1."""
+        return 1 << self.bits
+
+    def packed_bytes(self, n: int, k: int) -> int:
+        """Bytes of the packed weight and its scales: what a kernel must at least read."""
+        return n * k * self.bits // 8 + n * (k // self.group_size) * DTYPES[self.scale_dtype].bytes
+
+
+DTYPES = {d.name: d for d in (DType("f16", "float16", 2),)}
+
+FORMATS = {
+    f.name: f
+    for f in (WeightFormat("u4b8g128", bits=4, zero_point=8, group_size=128, scale_dtype="f16"),)
+}
+
+DEFAULT_FORMAT = "u4b8g128"
+DEFAULT_DTYPE = "f16"
+
+
+def weight_format(name: str) -> WeightFormat:
+    """The row called ``name``; a ValueError that lists the rows when there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown weight format {name!r}; known: {', '.join(sorted(FORMATS))}")
+    return FORMATS[name]
+
+
+def dtype(name: str) -> DType:
+    """The row called ``name``; a ValueError that lists the rows when there is none."""
+    if name not in DTYPES:
+        raise ValueError(f"unsupported activation dtype {name!r}; known: {', '.join(sorted(DTYPES))}")
+    return DTYPES[name]

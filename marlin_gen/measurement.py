@@ -1,0 +1,117 @@
+"""What was measured, as values: one row of the shape x config matrix, and the yardsticks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.problem import Problem
+
+# Why a candidate has no time. A failing candidate is a row, never the end of a study.
+STATUSES = (
+    "ok",
+    "compile",  # the compiler refused it
+    "resources",  # spills, or more registers or shared memory than stated
+    "launch",  # the driver refused to load or launch it
+    "wrong",  # relative error at or above ERROR_LIMIT, or unwritten output
+    "timeout",  # the measuring process did not answer in time and was killed
+    "crash",  # the measuring process died, for instance by an illegal address
+)
+ERROR_LIMIT = 1e-3  # relative Frobenius error against the fp32 reference; cuBLAS fp16 has about 2.1e-4
+
+PROTOCOL = "graph-replay/rotated-weights-5xL2/hot-activations/median/v1"  # part of every result's identity
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One plan on one problem. Times are medians in microseconds with a 95 % interval of the median."""
+
+    problem: Problem
+    plan: Plan
+    status: str
+    us: float | None = None
+    us_low: float | None = None
+    us_high: float | None = None
+    relative_error: float | None = None
+    detail: str = ""  # what went wrong, one line
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        p = self.problem
+        row: dict[str, Any] = {
+            "n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype,
+            "plan": self.plan.key, "status": self.status,
+        }  # fmt: skip
+        for name in ("us", "us_low", "us_high", "relative_error"):
+            if getattr(self, name) is not None:
+                row[name] = getattr(self, name)
+        if self.detail:
+            row["detail"] = self.detail
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Measurement:
+        problem = Problem(row["n"], row["k"], row["m"], row["weight_format"], row["act_dtype"])
+        return cls(
+            problem, Plan.from_key(row["plan"]), row["status"], row.get("us"), row.get("us_low"),
+            row.get("us_high"), row.get("relative_error"), row.get("detail", ""),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The yardsticks of one problem on one GPU, measured in the same run as its candidates."""
+
+    problem: Problem
+    read_floor_us: float  # a plain read kernel over the packed bytes, launch included
+    cublas_us: float  # fp16 matmul with the dense weight
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled kernel: one directory that holds kernel.cu, kernel.cubin, ptxas.log, command.txt and spec.json."""
+
+    spec: KernelSpec
+    symbol: str  # the kernel's name in the cubin
+    directory: Path
+    registers: int  # per thread
+    spill_bytes: int  # stores + loads
+    static_smem_bytes: int
+
+    @property
+    def cubin(self) -> Path:
+        return self.directory / "kernel.cubin"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Time these plans of one artifact on one problem. All plans share the artifact's config."""
+
+    artifact: Artifact
+    plans: tuple[Plan, ...]
+    problem: Problem
+
+
+class Measurer(Protocol):
+    """Something that knows how long a kernel takes: a GPU, or a recording of one."""
+
+    gpu: Gpu
+
+    def screen(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+        """Check and time each plan of each job, quickly; one measurement per (plan, problem), in order."""
+        ...
+
+    def finals(self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]) -> list[Measurement]:
+        """Time these against each other, interleaved and with more replays."""
+        ...
+
+    def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]: ...
+
+    def close(self) -> None: ...
