@@ -45,6 +45,10 @@ FORMATS = {
     for f in (WeightFormat("u4b8g128", bits=4, zero_point=8, group_size=128, scale_dtype="f16"),)
 }
 
+# The order that ``layout.pack`` writes and every kernel reads; tables and checkpoints record it. A new order is a new
+# number.
+LAYOUT_VERSION = 1
+
 DEFAULT_FORMAT = "u4b8g128"
 DEFAULT_DTYPE = "f16"
 

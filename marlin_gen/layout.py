@@ -1,0 +1,131 @@
+"""The one packed layout of a 4-bit weight, for every kernel, config, GPU and number of tokens.
+
+A 64 x 64 tile (features x k) is 512 contiguous 32-bit words, ``[row block of 16][lane][k16 step]``; tiles are ordered
+``[n / 64][k / 64]``. One word holds the 8 codes a lane needs of one 16 x 16 block (g = lane / 4, t = lane % 4, k
+counted inside the block):
+
+    nibble   0    1     2     3      4     5     6     7
+    row      g   g+8    g    g+8     g    g+8    g    g+8
+    k        2t   2t   2t+8  2t+8   2t+1  2t+1  2t+9  2t+9
+
+This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]``; in
+each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and g + 8 as one word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, WeightFormat
+from marlin_gen.formats import weight_format as format_row
+from marlin_gen.problem import SIZE_UNIT, check_shape
+
+__all__ = ["LAYOUT_VERSION", "PackedWeight", "check_scales", "pack", "unpack"]
+
+WORDS_PER_TILE = SIZE_UNIT * SIZE_UNIT // 8
+
+# (row half, k half, k parity) of each nibble: code [8 * row + g, 8 * k_half + 2 * t + parity].
+_NIBBLES = [(i & 1, i >> 1 & 1, i >> 2) for i in range(8)]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
+
+    weight: torch.Tensor  # int32 [n / 64, k / 64, 512]
+    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64]
+    weight_format: str = DEFAULT_FORMAT
+    layout_version: int = LAYOUT_VERSION
+
+    @property
+    def n(self) -> int:
+        return self.weight.shape[0] * SIZE_UNIT
+
+    @property
+    def k(self) -> int:
+        return self.weight.shape[1] * SIZE_UNIT
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedWeight:
+        weight, scales = (t.to(device=device, non_blocking=non_blocking) for t in (self.weight, self.scales))
+        return replace(self, weight=weight, scales=scales)
+
+
+def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
+    """Codes (uint8 [n, k]) and scales (f16 [n, k / group_size]) to the packed layout, on their own device.
+
+    Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
+    Peak extra memory is about twice the packed weight.
+    """
+    fmt = _four_bit(weight_format)
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise ValueError(
+            f"codes are {codes.dtype} {list(codes.shape)}; pack needs torch.uint8 [n, k], as quantize returns"
+        )
+    n, k = codes.shape
+    check_shape(n, k, fmt)
+    check_scales(scales, n, k, fmt)
+    if scales.device != codes.device:
+        raise ValueError(f"codes are on {codes.device} and scales on {scales.device}; move both to one device")
+    if (largest := int(codes.max())) >= fmt.codes:
+        raise ValueError(f"code {largest} does not fit {fmt.name}; its codes are 0 .. {fmt.codes - 1}")
+
+    blocks = codes.view(
+        n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2
+    )  # n64, row block, row half, g, k64, step, k half, t, parity
+    words = torch.zeros(
+        n // 64, k // 64, 4, 8, 4, 4, dtype=torch.int32, device=codes.device
+    )  # n64, k64, row block, g, t, step
+    for i, (row, half, parity) in enumerate(_NIBBLES):
+        nibble = blocks[:, :, row, :, :, :, half, :, parity].permute(0, 3, 1, 2, 5, 4)
+        words |= nibble.to(torch.int32) << 4 * i
+    pairs = scales.view(n // 64, 4, 2, 8, k // fmt.group_size).permute(0, 4, 1, 3, 2)
+    return PackedWeight(
+        words.view(n // 64, k // 64, WORDS_PER_TILE), pairs.reshape(n // 64, -1, 64).contiguous(), fmt.name
+    )
+
+
+def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size])."""
+    fmt = _four_bit(packed.weight_format)
+    if packed.layout_version != LAYOUT_VERSION:
+        raise ValueError(
+            f"layout_version={packed.layout_version} is not {LAYOUT_VERSION};"
+            " pack the original weight again with this marlin_gen"
+        )
+    n, k = packed.n, packed.k
+    words = packed.weight.view(n // 64, k // 64, 4, 8, 4, 4)
+    codes = torch.empty(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2, dtype=torch.uint8, device=words.device)
+    for i, (row, half, parity) in enumerate(_NIBBLES):
+        nibble = (words >> 4 * i & 15).to(torch.uint8)
+        codes[:, :, row, :, :, :, half, :, parity] = nibble.permute(0, 2, 3, 1, 5, 4)
+    pairs = packed.scales.view(n // 64, k // fmt.group_size, 4, 8, 2).permute(0, 2, 4, 3, 1)
+    return codes.view(n, k), pairs.reshape(n, k // fmt.group_size)
+
+
+def check_scales(scales: torch.Tensor, n: int, k: int, fmt: WeightFormat) -> None:
+    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size]."""
+    expected = (n, k // fmt.group_size)
+    if scales.dtype != torch.float16 or tuple(scales.shape) != expected:
+        raise ValueError(
+            f"scales are {scales.dtype} {list(scales.shape)};"
+            f" {fmt.name} with n={n}, k={k} needs torch.float16 {list(expected)}"
+        )
+
+
+def _four_bit(name: str) -> WeightFormat:
+    fmt = format_row(name)
+    if fmt.bits != 4:
+        raise ValueError(
+            f"weight format {name} has {fmt.bits} bits; layout version {LAYOUT_VERSION} packs 4-bit formats"
+        )
+    return fmt

@@ -1,0 +1,174 @@
+"""The packed layout against an independent loop over its published nibble table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marlin_gen.formats import FORMATS, LAYOUT_VERSION
+from marlin_gen.layout import PackedWeight, pack, unpack
+from marlin_gen.reference import dequantize, gemm_reference, quantize
+
+# nibble -> (row, k) for lane group g and thread t, word for word from the module's table.
+TABLE = [
+    lambda g, t: (g, 2 * t), lambda g, t: (g + 8, 2 * t),
+    lambda g, t: (g, 2 * t + 8), lambda g, t: (g + 8, 2 * t + 8),
+    lambda g, t: (g, 2 * t + 1), lambda g, t: (g + 8, 2 * t + 1),
+    lambda g, t: (g, 2 * t + 9), lambda g, t: (g + 8, 2 * t + 9),
+]  # fmt: skip
+
+
+def random_weight(n: int, k: int, group_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(n, k // group_size, generator=generator) * 0.02 + 0.005).half()
+    return codes, scales
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def fmt(request):
+    return FORMATS[request.param]
+
+
+def test_pack_follows_the_nibble_table(fmt):
+    n, k = 128, 2 * max(fmt.group_size, 64)
+    codes, scales = random_weight(n, k, fmt.group_size)
+    packed = pack(codes, scales, fmt.name)
+    words = packed.weight.flatten().tolist()
+    rows = codes.tolist()
+    at = 0
+    for row0 in range(0, n, 64):
+        for k0 in range(0, k, 64):
+            for block in range(4):
+                for lane in range(32):
+                    for step in range(4):
+                        word = 0
+                        for nibble, where in enumerate(TABLE):
+                            r, c = where(lane // 4, lane % 4)
+                            word |= rows[row0 + 16 * block + r][k0 + 16 * step + c] << (4 * nibble)
+                        assert words[at] & 0xFFFFFFFF == word, (row0, k0, block, lane, step)
+                        at += 1
+    assert at == len(words)
+
+
+def test_scales_of_a_lane_are_adjacent(fmt):
+    n, k = 128, 2 * max(fmt.group_size, 64)
+    codes, scales = random_weight(n, k, fmt.group_size)
+    packed = pack(codes, scales, fmt.name)
+    for tile in range(n // 64):
+        for group in range(k // fmt.group_size):
+            for block in range(4):
+                for g in range(8):
+                    row = tile * 64 + block * 16 + g
+                    pair = packed.scales[tile, group, block * 16 + 2 * g : block * 16 + 2 * g + 2].tolist()
+                    assert pair == [scales[row, group].item(), scales[row + 8, group].item()]
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 6), k=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), name=st.sampled_from(sorted(FORMATS)))
+def test_unpack_inverts_pack(n, k, seed, name):
+    group = FORMATS[name].group_size
+    codes, scales = random_weight(64 * n, max(group, 64) * k, group, seed)
+    packed = pack(codes, scales, name)
+    assert (packed.n, packed.k) == tuple(codes.shape)
+    assert packed.nbytes == FORMATS[name].packed_bytes(packed.n, packed.k)
+    assert packed.weight.is_contiguous() and packed.scales.is_contiguous()
+    back_codes, back_scales = unpack(packed)
+    assert torch.equal(back_codes, codes)
+    assert torch.equal(back_scales, scales)
+
+
+def test_pack_takes_views_and_leaves_its_input_alone(fmt):
+    k = 2 * max(fmt.group_size, 64)
+    codes, scales = random_weight(128, 2 * k, fmt.group_size)
+    half = codes[:64, :k].contiguous(), scales[:64, : k // fmt.group_size].contiguous()
+    before = codes.clone()
+    view = pack(codes[:64, :k], scales[:64, : k // fmt.group_size], fmt.name)
+    dense = pack(*half, fmt.name)
+    assert torch.equal(view.weight, dense.weight) and torch.equal(view.scales, dense.scales)
+    assert torch.equal(codes, before)
+
+
+BAD = {
+    "n is not a multiple of 64": (lambda c, s: (c[:65], s[:65]), r"n=65 .* n=128"),
+    "k is not a multiple of 64": (lambda c, s: (c[:, :200], s), r"k=200 .* k=256"),
+    "group_size does not divide k": (lambda c, s: (c[:, :192], s), r"group_size=128 does not divide k=192"),
+    "codes dtype": (lambda c, s: (c.int(), s), r"torch.int32 .* torch.uint8"),
+    "codes rank": (lambda c, s: (c[None], s), r"\[1, 128, 256\]"),
+    "scales dtype": (lambda c, s: (c, s.float()), r"torch.float32 .* torch.float16"),
+    "scales shape": (lambda c, s: (c, s[:, :1]), r"\[128, 1\]; .*\[128, 2\]"),
+    "code out of range": (lambda c, s: (c + 1, s), r"code 16 does not fit .* 0 .. 15"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_pack_names_what_is_wrong(case):
+    codes, scales = random_weight(128, 256, 128)
+    codes[0, 0] = 15
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        pack(*change(codes, scales))
+
+
+def test_unpack_refuses_another_layout_version():
+    packed = pack(*random_weight(64, 128, 128))
+    with pytest.raises(ValueError, match=f"layout_version=7 is not {LAYOUT_VERSION}; pack the original"):
+        unpack(PackedWeight(packed.weight, packed.scales, packed.weight_format, layout_version=7))
+
+
+def test_identity_activations_return_the_dequantised_weight(fmt):
+    k = 2 * max(fmt.group_size, 64)
+    codes, scales = random_weight(64, k, fmt.group_size)
+    decoded = gemm_reference(torch.eye(k), codes, scales, fmt.name).half()
+    assert torch.equal(decoded.T, dequantize(codes, scales, fmt.name))
+
+
+def test_dequantize_rounds_once(fmt):
+    codes, scales = random_weight(64, fmt.group_size * 2, fmt.group_size)
+    exact = (codes.double() - fmt.zero_point) * scales.double().repeat_interleave(fmt.group_size, 1)
+    assert torch.equal(dequantize(codes, scales, fmt.name), exact.half())
+
+
+def test_quantize_round_trips_representable_weights(fmt):
+    """Weights that are exactly code * scale with a full-range group come back as they went in."""
+    codes, scales = random_weight(64, fmt.group_size * 2, fmt.group_size)
+    codes.clamp_(1)  # absmax is 7 scales
+    codes.view(64, -1, fmt.group_size)[..., 0] = 1
+    scales = torch.full_like(scales, 2.0**-6)
+    weight = dequantize(codes, scales, fmt.name, torch.float32)
+    back_codes, back_scales = quantize(weight, fmt.name)
+    assert torch.equal(dequantize(back_codes, back_scales, fmt.name, torch.float32), weight)
+
+
+def test_quantize_is_close_and_beats_plain_absmax(fmt):
+    weight = torch.randn(128, fmt.group_size * 4, generator=torch.Generator().manual_seed(1))
+    codes, scales = quantize(weight, fmt.name)
+    assert codes.dtype == torch.uint8 and int(codes.max()) < fmt.codes and scales.dtype == torch.float16
+    error = (dequantize(codes, scales, fmt.name, torch.float32) - weight).norm() / weight.norm()
+    groups = weight.view(128, -1, fmt.group_size)
+    plain_scale = groups.abs().amax(-1, keepdim=True) / 7
+    plain = (groups / plain_scale).round() * plain_scale
+    assert error < (plain - groups).norm() / groups.norm()
+    assert error < 0.12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantize_survives_zero_and_tiny_groups(dtype):
+    weight = torch.zeros(64, 384, dtype=dtype)
+    weight[:, 128:256] = 1e-7 if dtype != torch.float16 else 6e-8
+    weight[:, 256:] = torch.randn(64, 128).to(dtype)
+    codes, scales = quantize(weight)
+    decoded = dequantize(codes, scales)
+    assert torch.isfinite(decoded).all() and (scales > 0).all()
+    assert torch.equal(decoded[:, :128], torch.zeros(64, 128, dtype=torch.float16))
+    assert (decoded[:, 128:256].float() - 1e-7).abs().max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_quantize_refuses_weights_a_scale_cannot_hold(value):
+    weight = torch.randn(64, 128)
+    weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"the largest weight is .* check the checkpoint"):
+        quantize(weight)
