@@ -1,0 +1,118 @@
+"""Model configs to layer shapes: published models, tensor parallelism, and what bad configs are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from marlin_gen.models import layer_shapes, load_config, model_shapes, parse_shape, presets
+
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def sizes(layers):
+    return [(layer.n, layer.k) for layer in layers]
+
+
+def test_llama_8b_has_the_four_published_shapes():
+    assert sizes(model_shapes("llama-3.1-8b")) == [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+
+
+def test_tp_splits_features_of_the_first_and_inputs_of_the_second_of_each_pair():
+    layers = {layer.name: (layer.n, layer.k) for layer in layer_shapes(LLAMA_8B, tp=2)}
+    assert layers == {
+        "qkv_proj": (3072, 4096),
+        "o_proj": (4096, 2048),
+        "gate_up_proj": (14336, 4096),
+        "down_proj": (4096, 7168),
+    }
+
+
+def test_kv_heads_are_copied_when_there_are_more_ranks_than_kv_heads():
+    wide = {**LLAMA_8B, "intermediate_size": 16384}
+    qkv = layer_shapes(wide, tp=16)[0]
+    assert qkv.n == (2 + 2 * 1) * 128
+
+
+def test_head_dim_of_the_config_wins_over_hidden_size_by_heads():
+    layers = model_shapes("qwen3-32b")
+    assert (layers[0].n, layers[0].k) == ((64 + 2 * 8) * 128, 5120)
+    assert (layers[1].n, layers[1].k) == (5120, 64 * 128)
+
+
+def test_shapes_of_several_tp_degrees_are_distinct():
+    layers = model_shapes("llama-3.1-8b", (1, 2, 2))
+    assert len(layers) == len(set(sizes(layers))) == 8
+
+
+def test_equal_shapes_are_merged_and_both_named():
+    square = {**LLAMA_8B, "num_key_value_heads": 32, "intermediate_size": 4096 * 3 // 2}
+    layers = layer_shapes(square)
+    assert sizes(layers)[0] == (12288, 4096)
+    assert layers[0].name == "qkv_proj+gate_up_proj"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_gives_shapes_without_tp(name):
+    assert model_shapes(name)
+
+
+def test_a_hugging_face_config_and_its_folder_are_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA_8B, "torch_dtype": "bfloat16"}))
+    assert model_shapes(str(path)) == model_shapes(str(tmp_path)) == model_shapes("llama-3.1-8b")
+
+
+def test_a_multimodal_config_is_read_through_its_text_config():
+    assert layer_shapes({"vision_config": {"hidden_size": 1}, "text_config": LLAMA_8B}) == layer_shapes(LLAMA_8B)
+
+
+def test_an_unknown_preset_is_told_the_nearest_and_all():
+    with pytest.raises(ValueError, match=r"'llama-3\.1-8B-it'; did you mean llama-3\.1-8b\?.*qwen3-32b"):
+        load_config("llama-3.1-8B-it")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_attention_heads"])
+def test_a_missing_field_is_named_with_the_file(tmp_path, field):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in LLAMA_8B.items() if k != field}))
+    with pytest.raises(ValueError, match=rf"{path} has no {field}"):
+        model_shapes(str(path))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_file_that_is_no_config_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        model_shapes(str(path))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json"):
+        load_config("nowhere/config.json")
+
+
+def test_a_shape_the_layout_cannot_hold_names_layer_and_tp():
+    with pytest.raises(ValueError, match=r"preset qwen2\.5-72b: down_proj at tp=2 is 8192x14784: group_size=128"):
+        model_shapes("qwen2.5-72b", (2,))
+
+
+def test_heads_that_do_not_divide_name_the_field_and_tp():
+    with pytest.raises(ValueError, match=r"num_attention_heads=28 does not divide over tp=8"):
+        model_shapes("qwen2.5-7b", (8,))
+
+
+def test_a_mixture_of_experts_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"num_experts=128 means a mixture of experts"):
+        layer_shapes({**LLAMA_8B, "num_experts": 128})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("4096", "'4096'"), ("4096x", "'4096x'"), ("ax4096", "'ax4096'"), ("100x4096", "n=100"), ("4096x4100", "k=4100")],
+)
+def test_a_bad_shape_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_shape(text)
