@@ -1,0 +1,166 @@
+"""The bench: what the table's choices cost beside cuBLAS and the read floor, as rows of a CSV and a summary by regime."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from marlin_gen.config import Plan
+from marlin_gen.measurement import Artifact, Measurement, Measurer
+from marlin_gen.problem import Problem
+
+# Attainable fp16 tensor-core rate in TFLOP/s, by table slug prefix. Measured with cuBLAS on an H100 SXM and an H200 at 700 W.
+ATTAINABLE_TFLOPS = {"h100": 775.0, "h200": 775.0}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One cell of bench.csv; the fields are the columns, in order. Times are medians in microseconds."""
+
+    n: int
+    k: int
+    m: int
+    weight_format: str
+    act_dtype: str
+    us: float
+    us_low: float  # 95 % interval of the median
+    us_high: float
+    config: str  # Plan.key
+    read_floor_us: float  # a plain read of the packed bytes, launch included
+    cublas_us: float  # fp16 matmul with the dense weight
+    relative_error: float  # Frobenius, against the fp32 reference
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.n, self.k, self.m, self.weight_format, self.act_dtype)
+
+    @property
+    def speedup(self) -> float:
+        """Over cuBLAS fp16."""
+        return self.cublas_us / self.us
+
+    def roofline_fraction(self, tflops: float) -> float:
+        """1.0 = as fast as the bytes can be read, or the multiplications done at ``tflops``."""
+        return self.problem.roofline_us(self.read_floor_us, tflops) / self.us
+
+
+COLUMNS = tuple(f.name for f in fields(BenchRow))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A range of token counts with one bottleneck."""
+
+    name: str
+    m_low: int
+    m_high: int
+
+    def holds(self, m: int) -> bool:
+        return self.m_low <= m <= self.m_high
+
+
+REGIMES = (
+    Regime("decode, m 1-16", 1, 16),
+    Regime("small batch, m 32-256", 17, 256),
+    Regime("prefill, m 512-4096", 257, 1 << 30),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One regime of a bench: geometric means over its cells, and the worst cell."""
+
+    regime: str
+    cells: int
+    speedup: float  # over cuBLAS
+    worst_speedup: float
+    roofline: float
+    worst_roofline: float
+
+
+def summarise(rows: Sequence[BenchRow], tflops: float) -> list[Summary]:
+    """One ``Summary`` per regime that has rows, and one over all of them when there are several."""
+    groups = [(regime.name, [row for row in rows if regime.holds(row.m)]) for regime in REGIMES]
+    groups = [(name, group) for name, group in groups if group]
+    if len(groups) > 1:
+        groups.append(("all", list(rows)))
+    return [_summary(name, group, tflops) for name, group in groups]
+
+
+def _summary(name: str, rows: Sequence[BenchRow], tflops: float) -> Summary:
+    speedups = [row.speedup for row in rows]
+    fractions = [row.roofline_fraction(tflops) for row in rows]
+    return Summary(name, len(rows), geomean(speedups), min(speedups), geomean(fractions), min(fractions))
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean; a ValueError when there is nothing to average."""
+    logs = [math.log(value) for value in values]
+    if not logs:
+        raise ValueError("the geometric mean of no values is undefined")
+    return math.exp(sum(logs) / len(logs))
+
+
+def attainable_tflops(gpu_slug: str) -> float:
+    """The rate the roofline of this GPU uses; a ValueError that lists the known ones."""
+    for prefix, tflops in ATTAINABLE_TFLOPS.items():
+        if gpu_slug.startswith(prefix):
+            return tflops
+    known = ", ".join(f"{name} {value:g}" for name, value in ATTAINABLE_TFLOPS.items())
+    raise ValueError(f"no attainable TFLOP/s is known for {gpu_slug!r} (known: {known}); add it to ATTAINABLE_TFLOPS")
+
+
+def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]]) -> Iterator[BenchRow | Measurement]:
+    """Time each choice beside cuBLAS and the read floor of the same run; a choice that fails is yielded as it was measured."""
+    for problem, artifact, plan in choices:
+        (baseline,) = measurer.baselines([problem])
+        (found,) = measurer.finals(problem, [(artifact, plan)])
+        if not found.ok or found.us is None or found.relative_error is None:
+            yield found
+            continue
+        yield BenchRow(
+            problem.n, problem.k, problem.m, problem.weight_format, problem.act_dtype,
+            found.us, found.us_low or found.us, found.us_high or found.us, plan.key,
+            baseline.read_floor_us, baseline.cublas_us, found.relative_error,
+        )  # fmt: skip
+
+
+def write_csv(path: Path, rows: Iterable[BenchRow]) -> None:
+    """Write the rows sorted by shape and m; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in sorted(rows, key=lambda r: (r.n, r.k, r.m)):
+            writer.writerow(_text(getattr(row, name)) for name in COLUMNS)
+    os.replace(temporary, path)
+
+
+def read_csv(path: Path) -> list[BenchRow]:
+    """The rows of a bench.csv; a ValueError that names the file and line when it is not one."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} is not a bench: its columns are {reader.fieldnames}, expected {list(COLUMNS)}")
+        rows = []
+        for number, cells in enumerate(reader, 2):
+            try:
+                rows.append(BenchRow(**{f.name: _CONVERT[str(f.type)](cells[f.name]) for f in fields(BenchRow)}))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+_CONVERT = {"int": int, "float": float, "str": str}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    # Four significant digits are below the spread of any of these times, and keep the diff of two runs readable.
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"

@@ -1,0 +1,38 @@
+"""Line budgets. A breach is a question about the design, not a number to raise: is the file still one idea?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = {".py": 250, ".jinja": 400, ".cuh": 250}  # lines a file
+TOTAL = 6500  # lines of everything but tests
+
+
+def tracked() -> list[Path]:
+    """The files of the repository that have a budget, tests left out."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    paths = [Path(name) for name in names if Path(name).suffix in BUDGETS and not name.startswith("tests/")]
+    return [path for path in paths if (ROOT / path).is_file()]
+
+
+def main() -> int:
+    lines = {path: (ROOT / path).read_text().count("\n") for path in tracked()}
+    breaches = [f"{path}: {count} lines, the budget of a {path.suffix} file is {BUDGETS[path.suffix]}"
+                for path, count in sorted(lines.items()) if count > BUDGETS[path.suffix]]  # fmt: skip
+    total = sum(lines.values())
+    if total > TOTAL:
+        breaches.append(f"{total} lines in all, the budget is {TOTAL}")
+    folders: dict[str, int] = {}
+    for path, count in lines.items():
+        folders[path.parts[0]] = folders.get(path.parts[0], 0) + count
+    print(", ".join(f"{name} {count}" for name, count in sorted(folders.items())), f"= {total} lines")
+    for breach in breaches:
+        print(breach, file=sys.stderr)
+    return 1 if breaches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
