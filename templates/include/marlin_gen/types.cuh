@@ -30,8 +30,8 @@ struct alignas(16) f32x4 {
   float x, y, z, w;
 };
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 }  // namespace marlin_gen

@@ -1,0 +1,201 @@
+"""The mma family: few tokens, on sm_80 and newer. See templates/mma.cu.jinja for how the kernel works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from marlin_gen.arch import Arch, Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.families.base import LaunchShape
+from marlin_gen.formats import FORMATS, WeightFormat
+from marlin_gen.problem import Problem
+
+SLICE_K = 64  # k of a packed tile
+ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
+TOKEN_TILES = (8, 16, 24, 32, 48, 64)
+MAX_WARPS = 16
+STAGES = (2, 10)
+SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _row_blocks(config: KernelConfig) -> int:
+    """16-row blocks of one warp in one pass."""
+    return config.block_n // (ROW_BLOCK * config.warps_n)
+
+
+def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, blocks: int = 1) -> KernelConfig:
+    return KernelConfig("mma", m, n, k, 1, warps, stages, blocks, 1, "tiles", dequant)
+
+
+# Configs that need no table, best measured (sm_90) or fitted to the smaller shared memory by the same reasoning:
+# two to seven row blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
+_DEFAULTS = {
+    "sm_90a": (
+        _config(8, 32, 16, 4, "deferred"), _config(8, 48, 8, 4, "deferred"), _config(8, 64, 8, 4, "deferred"),
+        _config(8, 112, 4, 4, "deferred", blocks=2),
+        _config(16, 32, 16, 3, "deferred"), _config(16, 64, 8, 4, "deferred"),
+        _config(32, 64, 8, 3, "exact"), _config(64, 64, 8, 2, "exact"),
+    ),
+    "sm_80": (
+        _config(8, 32, 16, 4, "deferred"), _config(8, 48, 8, 4, "deferred"), _config(8, 64, 8, 4, "deferred"),
+        _config(16, 32, 8, 4, "deferred"), _config(16, 64, 8, 3, "deferred"),
+        _config(32, 64, 4, 4, "exact"), _config(64, 64, 4, 3, "exact"),
+    ),
+    "sm_86": (
+        _config(8, 32, 8, 4, "deferred"), _config(8, 64, 4, 4, "deferred"),
+        _config(16, 32, 8, 3, "deferred"), _config(16, 64, 4, 4, "deferred"),
+        _config(32, 64, 4, 2, "exact"), _config(64, 64, 2, 3, "exact"),
+    ),
+}  # fmt: skip
+_DEFAULTS["sm_89"] = _DEFAULTS["sm_86"]
+
+
+@dataclass(frozen=True)
+class MmaFamily:
+    """``mma.sync`` with a cp.async ring per warp; a cluster owns whole rows and all of k."""
+
+    name: str = "mma"
+    summary: str = "mma.sync, a ring per warp, k split between warps: few tokens, sm_80 and newer"
+
+    def axes(self, arch: Arch) -> dict[str, tuple[Any, ...]]:
+        """Candidate values per KernelConfig field."""
+        return {
+            "block_m": TOKEN_TILES,
+            "block_n": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+            "block_k": (64, 128, 256),
+            "warps_n": (1, 2, 4),
+            "warps_k": (1, 2, 4, 8, 16),
+            "num_stages": (2, 3, 4, 5, 6, 8, 10),
+            "blocks_per_sm": (1, 2, 3, 4),
+            "cluster_size": (1, 2, 4) if arch.has_tma else (1,),
+            "partition": ("tiles", "clusterk") if arch.has_tma else ("tiles",),
+            "dequant": ("exact", "deferred"),
+        }
+
+    def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
+        """None, or why this binary cannot be built or run. Cheap checks come first: a search asks for every candidate."""
+        c = config
+        if c.partition == "striped":
+            return "partition='striped' is not made by the mma family: a cluster computes whole rows; use 'tiles' or 'clusterk'"
+        if (c.partition == "clusterk") != (c.cluster_size > 1):
+            return f"partition={c.partition!r} with cluster_size={c.cluster_size}: 'clusterk' splits k over 2 or more blocks, 'tiles' has 1"
+        if c.cluster_size not in (1, 2, 4):
+            return f"cluster_size={c.cluster_size} is not 1, 2 or 4"
+        if c.cluster_size > 1 and not arch.has_tma:
+            return f"cluster_size={c.cluster_size} needs thread block clusters, which {arch.name} lacks (sm_90 has them)"
+        if (warps := c.warps_n * c.warps_k) > MAX_WARPS:
+            return f"warps_n={c.warps_n} x warps_k={c.warps_k} is {warps} warps; a block has at most {MAX_WARPS}"
+        if (resident := 32 * warps * c.blocks_per_sm) > arch.max_threads_per_sm:
+            return f"blocks_per_sm={c.blocks_per_sm} of {warps} warps is {resident} threads; {arch.name} runs {arch.max_threads_per_sm} per SM"
+        if c.block_n % (ROW_BLOCK * c.warps_n):
+            return f"block_n={c.block_n} is not a multiple of {ROW_BLOCK} rows x warps_n={c.warps_n}"
+        if (row_blocks := _row_blocks(c)) > 16:
+            return f"block_n={c.block_n} over warps_n={c.warps_n} is {row_blocks} row blocks a warp; at most 16 (256 rows)"
+        if c.block_m not in TOKEN_TILES:
+            return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
+        if not STAGES[0] <= c.num_stages <= STAGES[1]:
+            return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
+        if fmt.bits != 4 or fmt.group_size % SLICE_K:
+            return f"weight format {fmt.name}: the mma family decodes 4-bit codes in groups of a multiple of {SLICE_K}"
+        if c.block_k % SLICE_K or (c.block_k % fmt.group_size and fmt.group_size % c.block_k):
+            return f"block_k={c.block_k} is not a multiple of {SLICE_K} that divides group_size={fmt.group_size} or is a multiple of it"
+        if (needed := self._registers(c)) > (limit := self.max_registers(c, arch)):
+            return (
+                f"about {needed} registers for block_m={c.block_m} x block_n={c.block_n}; {warps} warps x"
+                f" blocks_per_sm={c.blocks_per_sm} leave {limit} per thread"
+            )
+        smem = self.smem_bytes(c, fmt)
+        if smem > arch.smem_per_block:
+            return f"needs {smem} bytes of shared memory; a block of {arch.name} has at most {arch.smem_per_block}"
+        if (total := c.blocks_per_sm * (smem + arch.smem_reserved)) > arch.smem_per_sm:
+            return f"blocks_per_sm={c.blocks_per_sm} needs {total} bytes of shared memory; an SM of {arch.name} has {arch.smem_per_sm}"
+        return None
+
+    def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
+        """Any m, n and k of the layout is served; only an empty product has nothing to launch."""
+        return None if problem.m > 0 else "m=0 has no tokens, so there is nothing to launch"
+
+    def default(self, problem: Problem, gpu: Gpu) -> Plan:
+        """Of the token tiles large enough (else the largest), the config whose busiest SM has the least to do."""
+        arch = gpu.arch
+        configs = _DEFAULTS[arch.name]
+        tile = min((c.block_m for c in configs if c.block_m >= problem.m), default=max(c.block_m for c in configs))
+
+        def rows_of_an_sm(config: KernelConfig) -> int:
+            resident = gpu.num_sms * config.blocks_per_sm
+            rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
+            pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
+            passes = _ceil_div(rows, pass_rows)
+            return passes * pass_rows + passes  # a pass costs about as much as one more row block: its sums
+
+        return Plan(min((c for c in configs if c.block_m == tile), key=rows_of_an_sm))
+
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+        """Every config that ``default`` may return."""
+        return tuple(c for c in _DEFAULTS[arch.name] if self.reject_reason(c, fmt, arch) is None)
+
+    def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
+        """The order is fixed: clusters that share rows are neighbours."""
+        return (1,)
+
+    def threads(self, config: KernelConfig) -> int:
+        return 32 * config.warps_n * config.warps_k
+
+    def smem_bytes(self, config: KernelConfig, fmt: WeightFormat) -> int:
+        """The rings of all warps and the buffer in which they add up their sums; each part a multiple of 128."""
+        c = config
+        slices = c.block_k // SLICE_K
+        rows = _row_blocks(c)
+        scales = -(-_ceil_div(c.block_k, fmt.group_size) * rows * 32 // 128) * 128
+        stage = slices * (rows * 512 + c.block_m * 128) + scales
+        row_bytes = c.warps_k * (c.block_n + 4) * 4  # fp32 sums of one token, padded against bank conflicts
+        tokens = c.block_m
+        while tokens % 16 == 0 and row_bytes * tokens > SUMS_BYTES:
+            tokens //= 2
+        return c.warps_n * c.warps_k * c.num_stages * stage + _ceil_div(row_bytes * tokens, 128) * 128
+
+    def max_registers(self, config: KernelConfig, arch: Arch) -> int:
+        """Registers are given out in units of 8 per thread."""
+        per_thread = arch.registers_per_sm // (self.threads(config) * config.blocks_per_sm)
+        return min(per_thread // 8 * 8, arch.max_registers_per_thread)
+
+    def template_values(self, spec: KernelSpec) -> dict[str, Any]:
+        return {}
+
+    def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
+        """One cluster per range of row blocks and token tile, with so many rows that all are resident at once."""
+        config = plan.config
+        rows = _rows_per_cluster(config, problem, max_clusters)
+        ranges = _ceil_div(problem.n // ROW_BLOCK, rows)
+        return LaunchShape(
+            grid=ranges * _ceil_div(problem.m, config.block_m) * config.cluster_size,
+            threads=self.threads(config),
+            smem_bytes=self.smem_bytes(config, FORMATS[problem.weight_format]),
+            cluster=config.cluster_size,
+            operands=("a", "c", "weight", "scales"),
+            scalars=(problem.m, problem.n, problem.k, rows),
+        )
+
+    @staticmethod
+    def _registers(config: KernelConfig) -> int:
+        """An estimate from below: accumulators, one slice of activations and of weights, addresses."""
+        tokens = config.block_m
+        accumulators = _row_blocks(config) * tokens // 2
+        deferred = tokens if config.dequant == "deferred" else 0  # raw sums of a row block, sums of the activations
+        return accumulators + tokens + deferred + 32
+
+
+def _rows_per_cluster(config: KernelConfig, problem: Problem, max_clusters: int) -> int:
+    """Row blocks of one cluster: the fewest with which all clusters are resident at once, when they can be."""
+    token_tiles = _ceil_div(problem.m, config.block_m)
+    ranges = max(max_clusters // max(token_tiles, 1), 1)
+    return _ceil_div(problem.n // ROW_BLOCK, ranges)
+
+
+MMA = MmaFamily()
