@@ -1,0 +1,177 @@
+"""The wgmma family: TMA-fed warpgroups with the decoded weights as register operand (sm_90a). Best from m = 16 up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from marlin_gen.arch import Arch, Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.families.base import LaunchShape
+from marlin_gen.formats import WeightFormat, weight_format
+from marlin_gen.problem import Problem
+
+WARPGROUP = 128  # threads
+MAX_CONSUMERS = 4  # warpgroups; more leave each too few registers
+TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # written out in ptx/wgmma.cuh
+SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
+ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
+OPERANDS = ("a_map", "c_map", "weight", "scales", "partials", "locks")
+
+
+class WgmmaFamily:
+    name = "wgmma"
+    summary = "TMA-fed warpgroups, weights decoded into the register operand of wgmma (Hopper)"
+
+    def axes(self, arch: Arch) -> dict[str, tuple[Any, ...]]:
+        return {
+            "block_m": TOKEN_TILES,
+            "block_n": (64, 128, 192, 256),
+            "block_k": (64, 128, 256),
+            "warps_n": (4, 8, 12, 16),
+            "warps_k": (1, 2, 3, 4),
+            "num_stages": (2, 3, 4, 5, 6, 7, 8, 10, 12, 16),
+            "blocks_per_sm": (1, 2, 3),
+            "cluster_size": (1, 2, 4),
+            "partition": ("tiles", "clusterk", "striped"),
+            "dequant": ("exact",),
+        }
+
+    def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
+        c = config
+        if not arch.has_wgmma:
+            return f"wgmma needs sm_90a, not {arch.name}"
+        if c.warps_n % 4 or c.block_n != 16 * c.warps_n:
+            return f"block_n={c.block_n} is not 64 rows for each warpgroup of warps_n={c.warps_n} warps"
+        if c.warps_n // 4 * c.warps_k > MAX_CONSUMERS:
+            return f"warps_n={c.warps_n} by warps_k={c.warps_k} are more than {MAX_CONSUMERS} consumer warpgroups"
+        if c.block_m not in TOKEN_TILES:
+            return f"block_m={c.block_m} is not one of the token tiles {TOKEN_TILES}"
+        if c.block_k not in (64, 128, 256):
+            return f"block_k={c.block_k} is not 64, 128 or 256"
+        if fmt.group_size % SLAB_K:
+            return f"group_size={fmt.group_size} is not a multiple of {SLAB_K}, the k that shares a scale load"
+        if c.dequant != "exact":
+            return (
+                "dequant=deferred would need the sum of each token's activations in every warpgroup: as many wgmmas again"
+            )
+        if (c.cluster_size > 1) != (c.partition == "clusterk"):
+            return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
+        if c.block_m % (8 * c.cluster_size):
+            return f"block_m={c.block_m} is not 8 tokens for each of the cluster's {c.cluster_size} blocks"
+        if c.num_stages < max(2, c.warps_k):
+            return f"num_stages={c.num_stages} is less than {max(2, c.warps_k)}: each warpgroup along k needs a stage"
+        if (self.smem_bytes(c, fmt) + arch.smem_reserved) * c.blocks_per_sm > arch.smem_per_sm:
+            return (
+                f"{c.blocks_per_sm} blocks of {self.smem_bytes(c, fmt)} bytes of shared memory do not fit the"
+                f" {arch.smem_per_sm} bytes of an SM"
+            )
+        if self.threads(c) * c.blocks_per_sm > arch.max_threads_per_sm:
+            return f"{c.blocks_per_sm} blocks of {self.threads(c)} threads are more than {arch.max_threads_per_sm} per SM"
+        needed = c.block_m // 2 + self.chunk_k(c) // 2 + ADDRESS_REGISTERS
+        if needed > self.consumer_registers(c, arch):
+            return f"about {needed} registers are needed, a consumer has {self.consumer_registers(c, arch)}"
+        return None
+
+    def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
+        if problem.k % config.block_k:
+            return f"k={problem.k} is not a multiple of block_k={config.block_k}"
+        if self.num_tiles(config, problem) * (problem.k // config.block_k) >= 2**40:
+            return f"m={problem.m} is too large"
+        return None
+
+    # Good without a table: the measured winners of each regime, by tokens up to.
+    _DEFAULTS = (
+        (16, KernelConfig("wgmma", 16, 64, 256, 4, 1, 6, 2, 1, "tiles", "exact")),
+        (32, KernelConfig("wgmma", 32, 64, 256, 4, 1, 8, 1, 1, "tiles", "exact")),
+        (64, KernelConfig("wgmma", 64, 64, 256, 4, 1, 5, 1, 1, "tiles", "exact")),
+        (128, KernelConfig("wgmma", 128, 64, 128, 4, 1, 5, 1, 1, "tiles", "exact")),
+        (256, KernelConfig("wgmma", 128, 128, 128, 8, 1, 4, 1, 1, "tiles", "exact")),
+        (1 << 30, KernelConfig("wgmma", 256, 128, 64, 8, 1, 4, 1, 1, "tiles", "exact")),
+    )
+
+    def default(self, problem: Problem, gpu: Gpu) -> Plan:
+        """The winner of the smallest regime that holds m; where its tiles fill less than half a wave, the regime below."""
+        fitting = [c for limit, c in self._DEFAULTS if problem.m <= limit]
+        config = fitting[0]
+        smaller = [c for _, c in reversed(self._DEFAULTS[:-1]) if c.block_m <= config.block_m and c != config]
+        for candidate in smaller:
+            if self.num_tiles(config, problem) * 2 > gpu.num_sms or candidate.block_m * 4 < min(problem.m, 128):
+                break
+            config = candidate
+        return Plan(config, 1 if problem.m <= config.block_m else 8)
+
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+        return [c for _, c in self._DEFAULTS if self.reject_reason(c, fmt, arch) is None]
+
+    def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
+        tiles_m, tiles_n = -(-problem.m // config.block_m), -(-problem.n // config.block_n)
+        if tiles_m == 1:
+            return (1,)
+        orders = (8,) if problem.m <= 256 else (4, 8, 16, 32)
+        return tuple(r for r in orders if r < tiles_n) or (tiles_n,)
+
+    def threads(self, config: KernelConfig) -> int:
+        return WARPGROUP * (1 + config.warps_n // 4 * config.warps_k)
+
+    def smem_bytes(self, config: KernelConfig, fmt: WeightFormat) -> int:
+        c, row_tiles = config, config.block_n // 64
+        groups = -(-c.block_k // fmt.group_size)
+        loaded = c.block_m * c.block_k * 2 + row_tiles * (64 * c.block_k * fmt.bits // 8 + groups * 128)
+        stage = -(-loaded // 1024) * 1024
+        output = row_tiles * c.block_m // c.cluster_size * 128
+        sums = row_tiles * c.block_m * 64 * 4
+        exchanged = sums * (c.warps_k - 1) + (sums if c.cluster_size > 1 else 0)
+        barriers = 2 * c.num_stages + (2 * row_tiles if c.cluster_size > 1 else 0)
+        return c.num_stages * stage + output + exchanged + barriers * 8
+
+    def max_registers(self, config: KernelConfig, arch: Arch) -> int:
+        """At launch, before setmaxnreg moves them from the producer to the consumers."""
+        per_thread = arch.registers_per_sm // (self.threads(config) * config.blocks_per_sm)
+        return min(per_thread // 8 * 8, arch.max_registers_per_thread)
+
+    def producer_registers(self, config: KernelConfig) -> int:
+        return 24 if self.threads(config) * config.blocks_per_sm > 512 else 40
+
+    def consumer_registers(self, config: KernelConfig, arch: Arch) -> int:
+        """What is left for each consumer of what the block was launched with; asking for more would hang."""
+        groups = self.threads(config) // WARPGROUP
+        pool = self.max_registers(config, arch) // 8 * 8 * groups - self.producer_registers(config)
+        return min(pool // (groups - 1) // 8 * 8, 240)
+
+    def chunk_k(self, config: KernelConfig) -> int:
+        """How much k is decoded ahead of the tensor cores."""
+        return config.block_k
+
+    def template_values(self, spec: KernelSpec) -> dict[str, Any]:
+        return {
+            "chunk_k": self.chunk_k(spec.config),
+            "producer_registers": self.producer_registers(spec.config),
+            "consumer_registers": self.consumer_registers(spec.config, spec.arch_row),
+        }
+
+    def num_tiles(self, config: KernelConfig, problem: Problem) -> int:
+        return -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+
+    def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
+        c = plan.config
+        work = self.num_tiles(c, problem)
+        if c.partition == "striped":
+            work *= problem.k // c.block_k
+        grid = min(work, max_clusters) * c.cluster_size
+        striped = c.partition == "striped"
+        return LaunchShape(
+            grid=grid,
+            threads=self.threads(c),
+            smem_bytes=self.smem_bytes(c, weight_format(problem.weight_format)),
+            cluster=c.cluster_size,
+            operands=OPERANDS,
+            scalars=(problem.m, problem.n, problem.k, plan.raster),
+            a_box=(c.block_m, SLAB_K),
+            c_box=(c.block_m // c.cluster_size, 64),
+            partials_bytes=grid * c.block_m * c.block_n * 4 if striped else 0,
+            num_locks=grid * (c.block_n // 64) if striped else 0,
+        )
+
+
+WGMMA = WgmmaFamily()
