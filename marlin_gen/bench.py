@@ -13,9 +13,6 @@ from marlin_gen.config import Plan
 from marlin_gen.measurement import Artifact, Measurement, Measurer
 from marlin_gen.problem import Problem
 
-# Attainable fp16 tensor-core rate in TFLOP/s, by table slug prefix. Measured with cuBLAS on an H100 SXM and an H200 at 700 W.
-ATTAINABLE_TFLOPS = {"h100": 775.0, "h200": 775.0}
-
 
 @dataclass(frozen=True)
 class BenchRow:
@@ -103,15 +100,6 @@ def geomean(values: Iterable[float]) -> float:
     if not logs:
         raise ValueError("the geometric mean of no values is undefined")
     return math.exp(sum(logs) / len(logs))
-
-
-def attainable_tflops(gpu_slug: str) -> float:
-    """The rate the roofline of this GPU uses; a ValueError that lists the known ones."""
-    for prefix, tflops in ATTAINABLE_TFLOPS.items():
-        if gpu_slug.startswith(prefix):
-            return tflops
-    known = ", ".join(f"{name} {value:g}" for name, value in ATTAINABLE_TFLOPS.items())
-    raise ValueError(f"no attainable TFLOP/s is known for {gpu_slug!r} (known: {known}); add it to ATTAINABLE_TFLOPS")
 
 
 def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]]) -> Iterator[BenchRow | Measurement]:

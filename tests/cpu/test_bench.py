@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from marlin_gen.bench import COLUMNS, BenchRow, attainable_tflops, geomean, measure, read_csv, summarise, write_csv
+from marlin_gen.bench import COLUMNS, BenchRow, geomean, measure, read_csv, summarise, write_csv
 from marlin_gen.config import Plan
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
@@ -74,12 +74,6 @@ def test_one_regime_alone_has_no_second_line_of_all():
 def test_geomean_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="no values"):
         geomean([])
-
-
-def test_the_rate_is_known_for_h100_and_unknown_ones_are_named():
-    assert attainable_tflops("h100-132sm-3352gbs") == 775
-    with pytest.raises(ValueError, match="'b200-148sm'"):
-        attainable_tflops("b200-148sm")
 
 
 class Recorded:

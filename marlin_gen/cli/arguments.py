@@ -1,0 +1,95 @@
+"""Words of the command line to values. Every function raises a ValueError that quotes the word and shows a good one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.models import LayerShape, model_shapes, parse_shape
+from marlin_gen.problem import Problem
+
+DEFAULT_TOKENS = "1,2,4,...,4096"
+MAX_TOKENS = 1 << 17
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command is asked to do: layer shapes x token counts."""
+
+    layers: tuple[LayerShape, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Shape by shape, tokens ascending."""
+        return [Problem(layer.n, layer.k, m) for layer in self.layers for m in self.tokens]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{layer.n}x{layer.k} {layer.name}".rstrip() for layer in self.layers)
+        return f"{len(self.layers)} shape{'s' * (len(self.layers) > 1)} ({shapes}) at m = {', '.join(map(str, self.tokens))}"
+
+
+def work(model: str | None, shapes: str | None, tp: str, tokens: str) -> Work:
+    """The layers of ``model`` and the listed ``shapes``, each n x k once, at every token count."""
+    if not model and not shapes:
+        raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")
+    layers = list(model_shapes(model, ranks(tp))) if model else []
+    known = {(layer.n, layer.k) for layer in layers}
+    for word in (shapes or "").split(","):
+        if word.strip() and (size := parse_shape(word)) not in known:
+            known.add(size)
+            layers.append(LayerShape("", *size))
+    return Work(tuple(layers), token_counts(tokens))
+
+
+def ranks(text: str) -> tuple[int, ...]:
+    """``1,2,4`` to tensor-parallel degrees."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise ValueError(f"--tp {text!r} is not a list of positive numbers of ranks; example: --tp 1,2")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """``1,2,4,...,4096`` to ascending token counts; ``...`` goes on by the ratio of the two numbers before it."""
+    counts: list[int] = []
+    words = [word.strip() for word in text.split(",")]
+    for position, word in enumerate(words):
+        if word == "...":
+            counts += _continued(counts, words[position + 1 :], text)
+        elif word.isdigit() and 0 < int(word) <= MAX_TOKENS:
+            counts.append(int(word))
+        else:
+            raise ValueError(f"--tokens {text!r}: {word!r} is not a number from 1 to {MAX_TOKENS}; example: 1,2,4,...,4096")
+    return tuple(sorted(set(counts)))
+
+
+def _continued(counts: list[int], rest: list[str], text: str) -> list[int]:
+    good = len(counts) >= 2 and counts[-1] > counts[-2] and counts[-1] % counts[-2] == 0
+    if not good or not rest or not rest[0].isdigit() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
+        raise ValueError(f"--tokens {text!r}: '...' needs two numbers before it, one a multiple of the other, and a larger"
+                         " one after it; example: 1,2,4,...,4096")  # fmt: skip
+    ratio, found = counts[-1] // counts[-2], []
+    while (following := (found or counts)[-1] * ratio) < int(rest[0]):
+        found.append(following)
+    return found
+
+
+def seconds(text: str) -> float:
+    """``9m``, ``90s``, ``1h`` or ``540`` to seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"--budget {text!r} is not a positive time; examples: 9m, 90s, 1h")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def spec(text: str, arch: str) -> KernelSpec:
+    """A spec key as it is; a config or plan key with the default format and activation type, for ``arch``."""
+    if re.search(r"-sm_\d+a?$", text):
+        return KernelSpec.from_key(text)
+    config = Plan.from_key(text).config if re.search(r"-r\d+$", text) else KernelConfig.from_key(text)
+    return KernelSpec(config, DEFAULT_FORMAT, DEFAULT_DTYPE, arch)

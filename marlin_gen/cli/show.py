@@ -1,0 +1,71 @@
+"""``show``: a dispatch table, as people read it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from marlin_gen import bench
+from marlin_gen.cli import arguments, gpus, speedups
+from marlin_gen.cli.console import note, out, print_json, table
+from marlin_gen.cost_model import attainable_tflops
+from marlin_gen.dispatch import find_tables
+from marlin_gen.table import DispatchTable
+
+
+def show(
+    gpu: Annotated[str | None, typer.Option(help="A table by the start of its name, as h100; default: this GPU's.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Only these, as 4096x4096,...")] = None,
+    plans: Annotated[bool, typer.Option("--plans", help="Show which kernel each cell runs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Show a dispatch table: times, speedup over cuBLAS, fraction of the roofline."""
+    found = choose_table(gpu)
+    sizes = {(layer.n, layer.k) for layer in arguments.work(None, shapes, "1", "1").layers} if shapes else None
+    rows = [row for row in found.rows if sizes is None or (row.problem.n, row.problem.k) in sizes]
+    if not rows:
+        known = ", ".join(f"{n}x{k}" for n, k in sorted({(r.problem.n, r.problem.k) for r in found.rows}))
+        raise ValueError(f"the table of {found.gpu.slug} has no row for {shapes}; it has {known or 'no rows at all'}")
+    if json:
+        summaries = bench.summarise(speedups.bench_rows(rows), attainable_tflops(found.gpu))
+        print_json({
+            "gpu": found.gpu.to_json(), "folder": str(found.folder), "runs": list(found.runs),
+            "rows": [speedups.as_json(row, found.gpu) for row in rows],
+            "summary": [asdict(summary) for summary in summaries],
+        })  # fmt: skip
+        return
+    if plans:
+        lines = [(f"{r.problem.n}x{r.problem.k}", str(r.problem.m), r.plan.key) for r in rows]
+        out.print(table(found.gpu.name, ("n x k", ">m", "plan"), lines))
+    else:
+        out.print(speedups.speedup_table(rows, found.gpu, found.gpu.name))
+    out.print(speedups.summary_table(rows, found.gpu))
+    note(f"{len(rows)} rows, {len(found.kernels)} kernels; {_when(found)}{found.folder}")
+
+
+def choose_table(gpu: str | None) -> DispatchTable:
+    """The table that ``--gpu`` names, else this GPU's, else the only one there is; a ValueError that lists them."""
+    tables = find_tables()
+    if gpu is None and (here := gpus.this_gpu()):
+        matching = [found for found in tables if here.same_class(found.gpu)]
+        if not matching:
+            raise ValueError(f"no table for this GPU ({here.slug}); make one with marlin-gen tune, or name one of"
+                             f" {_names(tables)} with --gpu")  # fmt: skip
+        return matching[0]
+    matching = [found for found in tables if found.gpu.slug.startswith(gpu or "")]
+    distinct = {found.gpu.slug for found in matching}
+    if len(distinct) != 1:
+        wanted = f"--gpu {gpu} names {len(distinct)} tables" if gpu else "there is no GPU here"
+        raise ValueError(f"{wanted}; name one with --gpu: {_names(tables)}")
+    return matching[0]
+
+
+def _names(tables: list[DispatchTable]) -> str:
+    return ", ".join(dict.fromkeys(found.gpu.slug for found in tables)) or "none are here, marlin-gen tune makes one"
+
+
+def _when(found: DispatchTable) -> str:
+    dates = [str(run["date"]) for run in found.runs if "date" in run]
+    return f"tuned {dates[-1]}; " if dates else ""

@@ -1,0 +1,167 @@
+"""What is here, what is missing, and how to get it. Looks at everything, changes nothing, and never raises for a finding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlin_gen import env
+from marlin_gen.arch import Gpu, arch_for
+
+PURPOSES = {
+    "serve": "run tuned kernels from PyTorch",
+    "tune": "search for kernels on this GPU",
+    "replay": "run the search against a recording, without a GPU",
+}
+TUNE_PACKAGES = ("jinja2", "ninja", "numpy", "optuna", "rich", "typer")
+LOW_DISK_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for."""
+
+    name: str
+    ok: bool
+    found: str  # what is there, or what is wrong with it
+    fix: str = ""  # how to get it, when it is not ok
+    needed_for: tuple[str, ...] = ()  # the purposes that fail without it
+
+
+def examine(purpose: str | None = None) -> tuple[str, list[Finding]]:
+    """Look at everything. Returns the purpose (by default tune with a GPU, replay without one) and the findings."""
+    if purpose is not None and purpose not in PURPOSES:
+        raise ValueError(f"--for {purpose!r} is not one of {', '.join(PURPOSES)}")
+    gpu, gpu_findings = _gpu()
+    findings = [*gpu_findings, _torch(), *_compilers(), *_packages(), *_tables(gpu), _recordings(), _cache()]
+    findings += _variables()
+    return purpose or ("tune" if gpu else "replay"), findings
+
+
+def broken(purpose: str, findings: list[Finding]) -> list[Finding]:
+    """The findings that stand in the way of ``purpose``."""
+    return [finding for finding in findings if not finding.ok and purpose in finding.needed_for]
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("torch", False, f"cannot be imported: {error}", "pip install torch", tuple(PURPOSES))
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return Finding("torch", True, f"{torch.__version__}, {build}")
+
+
+def _gpu() -> tuple[Gpu | None, list[Finding]]:
+    """The current GPU and its driver; both are findings."""
+    from marlin_gen import driver
+
+    needed = ("serve", "tune")
+    version = driver.driver_version()
+    if version is None:
+        fix = "install the NVIDIA driver (580 or newer); without a GPU, tune replays a recording"
+        return None, [Finding("driver", False, "no NVIDIA driver (libcuda.so.1 is not there)", fix, needed)]
+    found = Finding("driver", True, f"supports CUDA {version[0]}.{version[1]}")
+    try:
+        gpu = driver.current_gpu()
+        arch = arch_for(gpu.capability)
+    except (OSError, RuntimeError, ValueError) as error:
+        return None, [found, Finding("GPU", False, str(error), "use a GPU of compute capability 8.0 or newer", needed)]
+    return gpu, [found, Finding("GPU", True, f"{gpu.name} ({gpu.slug}, kernels for {arch.name})")]
+
+
+def _compilers() -> Iterator[Finding]:
+    from marlin_gen import toolchain
+
+    host = env.which("g++") or env.which("gcc")
+    yield Finding("host compiler", host is not None, str(host or "no g++ on PATH"), "" if host else
+                  "only nvcc needs one: install g++, or use NVRTC")  # fmt: skip
+    for name, find in (("nvcc", toolchain.find_nvcc), ("NVRTC", toolchain.find_nvrtc)):
+        yield _compiler(name, find, ())
+    yield _compiler("compiler in use", toolchain.find_toolchain, ("tune", "replay"))
+
+
+def _compiler(name: str, find: Callable[[], object], needed_for: tuple[str, ...]) -> Finding:
+    from marlin_gen.toolchain import Toolchain, ToolchainError
+
+    try:
+        found = find()
+        assert isinstance(found, Toolchain)
+        if needed_for:
+            found.probe()  # the one that will be used must not only be there but work
+    except (ToolchainError, ValueError) as error:
+        return Finding(name, False, str(error), "pip install 'marlin_gen[nvcc]'", needed_for)
+    return Finding(name, True, f"{found.name} {found.version}, from {found.origin}: {found.path}")
+
+
+def _packages() -> Iterator[Finding]:
+    present, missing = [], []
+    for name in TUNE_PACKAGES:
+        try:
+            present.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    said = ", ".join(present) + (f"; missing: {', '.join(missing)}" if missing else "")
+    fix = "pip install 'marlin_gen[tune]'" if missing else ""
+    yield Finding("tuning packages", not missing, said, fix, ("tune", "replay"))
+
+
+def _tables(gpu: Gpu | None) -> Iterator[Finding]:
+    from marlin_gen.dispatch import find_tables
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            tables = find_tables()
+        except (OSError, ValueError) as error:
+            yield Finding("tables", False, str(error), "correct or unset MARLIN_GEN_TABLE", ("serve",))
+            return
+    for warning in caught:
+        yield Finding("table", False, str(warning.message), "restore the file from the repository, or tune again")
+    for table in tables:
+        missing = sum(table.cubin(key) is None for key in table.kernels)
+        fits = " (this GPU)" if gpu and gpu.same_class(table.gpu) else ""
+        said = f"{table.gpu.slug}{fits}: {len(table.rows)} rows, {len(table.kernels)} kernels, {table.folder}"
+        if missing:
+            said += f"; {missing} of its kernels are missing or damaged"
+        yield Finding("table", not missing, said, "restore the files, or tune again" if missing else "")
+    if gpu and not any(gpu.same_class(table.gpu) for table in tables):
+        yield Finding("table for this GPU", False, f"none for {gpu.slug}; family defaults are compiled as they are needed",
+                      "marlin-gen tune --model <preset or config.json>")  # fmt: skip
+
+
+def _recordings() -> Finding:
+    from marlin_gen.replay import shipped_recordings
+
+    shipped = shipped_recordings()
+    found = ", ".join(shipped) or "none"
+    return Finding("recordings", bool(shipped), found, "" if shipped else "use a full checkout or wheel", ("replay",))
+
+
+def _cache() -> Finding:
+    folder = env.cache_dir()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    fix = "set MARLIN_GEN_CACHE_DIR to a folder you can write"
+    if not os.access(above, os.W_OK):
+        return Finding("cache folder", False, f"{folder} cannot be written", fix, ("tune", "replay"))
+    free = shutil.disk_usage(above).free
+    said = f"{folder}: {_entries(folder)} kernels, {free / 2**30:.1f} GiB free"
+    if free < LOW_DISK_BYTES:
+        return Finding("cache folder", False, said, f"free some space, or {fix}")
+    return Finding("cache folder", True, said)
+
+
+def _entries(folder: Path) -> int:
+    kernels = folder / "kernels"
+    return sum(1 for _ in kernels.iterdir()) if kernels.is_dir() else 0
+
+
+def _variables() -> Iterator[Finding]:
+    """Only those that are set: they explain surprises."""
+    for name, value in env.set_variables().items():
+        yield Finding(name, True, value)
