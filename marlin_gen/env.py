@@ -46,6 +46,11 @@ def _text(name: str) -> str | None:
     return os.environ.get(VARIABLES[name].name) or None
 
 
+def set_variables() -> dict[str, str]:
+    """The variables of ``VARIABLES`` that are set, and to what."""
+    return {name: value for name in VARIABLES if (value := _text(name))}
+
+
 def _folder(name: str) -> Path | None:
     value = _text(name)
     return Path(value).expanduser() if value else None
