@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -61,13 +63,14 @@ def render_from(templates: Path, family: KernelFamily, spec: KernelSpec) -> Kern
         log.warning("using the hand-edited %s instead of the template", override)
         text = override.read_text(encoding="utf-8")
     else:
+        values = family.template_values(spec)
         text = _environment(templates).get_template(f"{family.name}.cu.jinja").render(
             spec=spec, config=config, symbol=symbol, fmt=fmt, arch=arch,
-            config_constants=config_constants(config),
+            config_constants=config_constants(config), family_constants=family_constants(values),
             threads=family.threads(config),
             smem_bytes=family.smem_bytes(config, fmt),
             max_registers=family.max_registers(config, arch),
-            **family.template_values(spec),
+            **values,
         )  # fmt: skip
     return KernelSource(spec, symbol, text, _digest(text, templates / "include"))
 
@@ -92,6 +95,17 @@ def config_constants(config: KernelConfig) -> list[Constant]:
             constants.append(Constant(kind, camel_k(field.name), f"{kind}::{camel_k(value)}"))
         elif field.name != "family":
             constants.append(Constant("int", camel_k(field.name), str(value)))
+    return constants
+
+
+def family_constants(values: Mapping[str, Any]) -> list[Constant]:
+    """The numbers among a family's template values; lists to unroll are for the template itself."""
+    constants = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            constants.append(Constant("bool", camel_k(name), str(value).lower()))
+        elif isinstance(value, int):
+            constants.append(Constant("int", camel_k(name), str(value)))
     return constants
 
 
