@@ -77,7 +77,7 @@ def dequantize(
 ) -> torch.Tensor:
     """The weight [n, k] as the kernels see it: code - zero_point is exact in f16, times the scale rounds once."""
     fmt = format_row(weight_format)
-    check_scales(scales, *codes.shape, fmt)
+    check_scales(scales, codes.shape[0], codes.shape[1], fmt)
     centred = codes.to(torch.float16).sub_(fmt.zero_point).view(codes.shape[0], -1, fmt.group_size)
     return centred.mul_(scales[..., None]).view(codes.shape).to(dtype)
 
@@ -87,6 +87,6 @@ def gemm_reference(
 ) -> torch.Tensor:
     """``a [..., k] @ B^T`` in fp32 [..., n] with unrounded weights: what kernels are compared with."""
     fmt = format_row(weight_format)
-    check_scales(scales, *codes.shape, fmt)
+    check_scales(scales, codes.shape[0], codes.shape[1], fmt)
     centred = codes.float().sub_(fmt.zero_point).view(codes.shape[0], -1, fmt.group_size)
     return a.float() @ centred.mul_(scales.float()[..., None]).view(codes.shape).T

@@ -1,0 +1,210 @@
+"""Table rows to plans: which kernels to try for a problem, best guess first. Pure: nothing is loaded or launched here.
+
+The rule, in order; a plan whose family rejects the problem is skipped:
+
+1. The plan that MARLIN_GEN_CONFIG forces, if set.
+2. *Exact shape*: rows of the same (n, k), formats included. First the row with the smallest m >= the problem's m, then
+   the larger ones upwards, then the smaller ones downwards. First tables measured on a GPU of the same class, then
+   *related* ones (same compute capability and SM count, other memory bandwidth). Tables of one kind are searched as
+   one, an earlier table's row hiding a later one's of the same problem: the table that MARLIN_GEN_TABLE names, else
+   the user's own, then the shipped ones.
+3. *Nearest shape*: the same choice of m at the other shapes, nearest first, where
+
+       distance = |log2(n / n')| + |log2(k / k')| + max(0, log2(fill' / fill))
+
+   and fill is the fraction of block slots the plan keeps busy over its waves (``wave_fill``) at the row's own shape
+   (fill') and at the problem's (fill). The last term keeps 48-row blocks, right for n = 6144, away from n = 4096, where
+   a third of the SMs would idle. Shapes further than ``MAX_DISTANCE`` are not considered.
+4. ``families.default_plan``, then every family's own default.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from marlin_gen import env
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.families import FAMILIES, default_plan
+from marlin_gen.formats import weight_format
+from marlin_gen.problem import Problem
+from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table_row import TableRow
+
+MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better guide than another shape's winner
+MAX_NEAREST = 4  # candidates of step 3: each costs a load attempt when it fails
+
+
+class KernelLocation(NamedTuple):
+    """A prebuilt kernel, its hash already verified."""
+
+    cubin: Path
+    symbol: str
+
+
+class Choice(NamedTuple):
+    """One candidate for a problem."""
+
+    plan: Plan
+    spec: KernelSpec
+    origin: str  # forced, exact, related exact, nearest, related nearest, default
+    kernel: KernelLocation | None  # None: no table ships it intact, so it must be compiled
+
+    @property
+    def key(self) -> str:
+        return f"{self.plan.key} ({self.origin})"
+
+
+class _Shape(NamedTuple):
+    n: int
+    k: int
+    weight_format: str
+    act_dtype: str
+
+
+@dataclass
+class _Index:
+    """The rows of several tables by shape, for one bisection per look-up."""
+
+    shapes: dict[_Shape, tuple[list[int], list[TableRow]]]
+
+    @classmethod
+    def of(cls, tables: Sequence[DispatchTable]) -> _Index:
+        by_problem: dict[Problem, TableRow] = {}
+        for table in tables:
+            for row in table.rows:
+                by_problem.setdefault(row.problem, row)
+        shapes: dict[_Shape, tuple[list[int], list[TableRow]]] = {}
+        for problem in sorted(by_problem):
+            sizes, rows = shapes.setdefault(_shape(problem), ([], []))
+            sizes.append(problem.m)
+            rows.append(by_problem[problem])
+        return cls(shapes)
+
+    def exact(self, shape: _Shape, m: int) -> Iterator[TableRow]:
+        """The shape's rows in the order of step 2."""
+        sizes, rows = self.shapes.get(shape, ([], []))
+        at = bisect_left(sizes, m)
+        yield from rows[at:]
+        yield from reversed(rows[:at])
+
+    def nearest(self, problem: Problem, gpu: Gpu) -> list[TableRow]:
+        """At most ``MAX_NEAREST`` rows of other shapes, in the order of step 3."""
+        found = []
+        for shape in self.shapes:
+            if shape[2:] == (problem.weight_format, problem.act_dtype) and shape != _shape(problem):
+                row = next((row for row in self.exact(shape, problem.m) if not _rejected(row.plan, problem)), None)
+                if row and (d := distance(problem, row, gpu.num_sms)) <= MAX_DISTANCE:
+                    found.append((d, row.problem, row))
+        return [row for _, _, row in sorted(found, key=lambda entry: entry[:2])[:MAX_NEAREST]]
+
+
+class Dispatcher:
+    """The tables that concern one GPU, indexed. Immutable: build a new one after a tune."""
+
+    def __init__(self, gpu: Gpu, tables: Sequence[DispatchTable], forced: Plan | None = None) -> None:
+        self.gpu = gpu
+        self.forced = forced
+        same = [table for table in tables if gpu.same_class(table.gpu)]
+        related = [table for table in tables if table not in same and _related(gpu, table.gpu)]
+        self.tables = [*same, *related]
+        self._indices = (("", _Index.of(same)), ("related ", _Index.of(related)))
+
+    def choose(self, problem: Problem) -> Iterator[Choice]:
+        """Every candidate, best first, each plan once. Lazy: later candidates cost nothing unless asked for."""
+        seen: set[Plan] = set()
+        for origin, plan in self._plans(problem):
+            if plan not in seen and not _rejected(plan, problem):
+                seen.add(plan)
+                spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.gpu.arch.name)
+                yield Choice(plan, spec, origin, self.locate(spec))
+
+    def _plans(self, problem: Problem) -> Iterator[tuple[str, Plan]]:
+        if self.forced:
+            yield "forced", self.forced
+        for mark, index in self._indices:
+            for row in index.exact(_shape(problem), problem.m):
+                yield f"{mark}exact", row.plan
+        for mark, index in self._indices:
+            for row in index.nearest(problem, self.gpu):
+                yield f"{mark}nearest", row.plan
+        fmt = weight_format(problem.weight_format)
+        defaults = [default_plan(problem, self.gpu)]
+        defaults += [family.default(problem, self.gpu) for family in FAMILIES.rows.values()]
+        for plan in defaults:
+            if FAMILIES.of(plan.config).reject_reason(plan.config, fmt, self.gpu.arch) is None:
+                yield "default", plan
+
+    def locate(self, spec: KernelSpec) -> KernelLocation | None:
+        """The first table's intact cubin of ``spec``."""
+        for table in self.tables:
+            if path := table.cubin(spec.key):
+                return KernelLocation(path, table.kernels[spec.key].symbol)
+        return None
+
+
+def choose(problem: Problem, gpu: Gpu, tables: Sequence[DispatchTable]) -> Iterator[Choice]:
+    """The candidates for one problem, best first. Build a ``Dispatcher`` to ask more than once."""
+    return Dispatcher(gpu, tables, forced_plan()).choose(problem)
+
+
+def forced_plan() -> Plan | None:
+    """The plan that MARLIN_GEN_CONFIG names; a ValueError when it is not a plan key."""
+    key = env.forced_plan()
+    return Plan.from_key(key) if key else None
+
+
+def find_tables() -> list[DispatchTable]:
+    """Every usable table on this machine in the order of the rule: MARLIN_GEN_TABLE, else the user's; then the shipped.
+
+    Raises FileNotFoundError when MARLIN_GEN_TABLE holds none.
+    """
+    explicit = env.table_dir()
+    tables = _tables_below(explicit) if explicit else _tables_below(env.user_data_dir() / "tuned")
+    if explicit and not tables and not any(_table_folders(explicit)):
+        raise FileNotFoundError(f"MARLIN_GEN_TABLE={explicit} holds no {FILE_NAME}; name a folder that tune wrote")
+    return tables + _tables_below(env.tuned_dir())
+
+
+def _tables_below(folder: Path) -> list[DispatchTable]:
+    return [table for found in _table_folders(folder) if (table := DispatchTable.load(found))]
+
+
+def _table_folders(folder: Path) -> list[Path]:
+    """``folder`` itself or its subfolders, sorted, that hold a table."""
+    return sorted(path.parent for pattern in (FILE_NAME, f"*/{FILE_NAME}") for path in folder.glob(pattern))
+
+
+def distance(problem: Problem, row: TableRow, num_sms: int) -> float:
+    """How far a row's shape is from the problem's, in octaves, for this row's plan: see the module's rule."""
+    there = row.problem
+    lost = wave_fill(row.plan, there, num_sms) / wave_fill(row.plan, problem, num_sms)
+    return abs(math.log2(problem.n / there.n)) + abs(math.log2(problem.k / there.k)) + max(0.0, math.log2(lost))
+
+
+def wave_fill(plan: Plan, problem: Problem, num_sms: int) -> float:
+    """Busy block slots over all block slots of the waves a problem takes, in (0, 1]; 1 for striped, which has no tail."""
+    config = plan.config
+    if config.partition == "striped":
+        return 1.0
+    tiles = -(-problem.n // config.block_n) * -(-max(problem.m, 1) // config.block_m)
+    blocks = tiles * (config.cluster_size if config.partition == "clusterk" else 1)
+    slots = num_sms * config.blocks_per_sm
+    return blocks / (-(-blocks // slots) * slots)
+
+
+def _shape(problem: Problem) -> _Shape:
+    return _Shape(problem.n, problem.k, problem.weight_format, problem.act_dtype)
+
+
+def _related(gpu: Gpu, other: Gpu) -> bool:
+    return tuple(gpu.capability) == tuple(other.capability) and gpu.num_sms == other.num_sms
+
+
+def _rejected(plan: Plan, problem: Problem) -> str | None:
+    return FAMILIES.of(plan.config).reject_problem(plan.config, problem)

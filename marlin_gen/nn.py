@@ -1,0 +1,99 @@
+"""``QuantLinear``: ``torch.nn.Linear`` with a packed 4-bit weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
+from marlin_gen.formats import weight_format as format_row
+from marlin_gen.layout import WORDS_PER_TILE, PackedWeight, pack
+from marlin_gen.op import gemm
+from marlin_gen.problem import SIZE_UNIT, check_shape
+from marlin_gen.reference import quantize
+
+
+class QuantLinear(nn.Module):
+    """``y [..., out_features] = x [..., in_features] @ weight^T + bias`` in f16, for inference and for grads of x.
+
+    A new module holds zeros: fill it with ``load_state_dict``, or make one with ``from_float`` or ``from_packed``.
+    Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
+    loading checks.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    layout_version: torch.Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        weight_format: str = DEFAULT_FORMAT,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        fmt = format_row(weight_format)
+        check_shape(out_features, in_features, fmt)
+        self.in_features, self.out_features, self.weight_format = in_features, out_features, weight_format
+        tiles_n, tiles_k, groups = out_features // SIZE_UNIT, in_features // SIZE_UNIT, in_features // fmt.group_size
+        weight = torch.zeros(tiles_n, tiles_k, WORDS_PER_TILE, dtype=torch.int32, device=device)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", torch.zeros(tiles_n, groups, SIZE_UNIT, dtype=torch.float16, device=device))
+        self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
+        zeros = torch.zeros(out_features, dtype=torch.float16, device=device)
+        self.bias = nn.Parameter(zeros, requires_grad=False) if bias else None
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
+        """A layer around ``packed``, which is not copied."""
+        layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, device="meta")
+        if packed.layout_version != LAYOUT_VERSION:
+            raise ValueError(_version_error(packed.layout_version))
+        layer.weight, layer.scales = packed.weight, packed.scales
+        layer.layout_version = torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=packed.device)
+        if bias is not None:
+            if tuple(bias.shape) != (packed.n,):
+                raise ValueError(f"bias has shape {list(bias.shape)}; out_features={packed.n} needs [{packed.n}]")
+            layer.bias = nn.Parameter(bias.detach().to(packed.device, torch.float16), requires_grad=False)
+        return layer
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, weight_format: str = DEFAULT_FORMAT) -> QuantLinear:
+        """Quantise a float layer, on its own device."""
+        codes, scales = quantize(linear.weight.detach(), weight_format)
+        return cls.from_packed(pack(codes, scales, weight_format), linear.bias)
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.weight, self.scales, self.weight_format)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = gemm(x, self.packed)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" weight_format={self.weight_format}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        version = state_dict.get(f"{prefix}layout_version")
+        if version is not None and int(version) != LAYOUT_VERSION:
+            error_msgs.append(f"{prefix}weight: {_version_error(int(version))}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _version_error(version: int) -> str:
+    return f"layout_version={version} is not {LAYOUT_VERSION}; pack the original weight again with this marlin_gen"

@@ -1,0 +1,147 @@
+"""``torch.ops.marlin_gen.gemm``: schema, checks, and what runs on each device.
+
+Registering costs nothing but torch: what an implementation needs is imported by its first call. (Also, the package
+registers this module in the middle of ``import torch``, when layout and the like may be half imported themselves.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from marlin_gen.formats import DTYPES, FORMATS, LAYOUT_VERSION
+from marlin_gen.formats import weight_format as format_row
+from marlin_gen.problem import SIZE_UNIT
+
+if TYPE_CHECKING:
+    from marlin_gen.layout import PackedWeight
+
+ACT_DTYPES = {getattr(torch, row.torch_name): name for name, row in DTYPES.items()}
+WORDS_PER_TILE = SIZE_UNIT * SIZE_UNIT // 8
+ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
+
+# Held for the life of the process: dropping a Library unregisters its operators.
+_LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "gemm(Tensor a, Tensor weight, Tensor scales, str weight_format='u4b8g128', int layout_version=1) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def gemm(a: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """``a [..., k] @ B^T`` with the packed weight B (n, k): f16 [..., n], contiguous, on the current stream.
+
+    On CUDA a kernel measured for this GPU, shape and number of tokens runs; on the CPU the dequantised reference.
+    Differentiable in ``a``. Raises ValueError or TypeError that name what does not fit.
+    """
+    c: torch.Tensor = torch.ops.marlin_gen.gemm.default(
+        a, packed.weight, packed.scales, packed.weight_format, packed.layout_version
+    )
+    return c
+
+
+def check_operands(
+    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, weight_format: str, layout_version: int
+) -> tuple[int, int]:
+    """(n, k) of the packed weight, or an error that names the value and the fix."""
+    fmt = FORMATS.get(weight_format) or format_row(weight_format)
+    if layout_version != LAYOUT_VERSION:
+        raise ValueError(
+            f"layout_version={layout_version} is not {LAYOUT_VERSION};"
+            " pack the original weight again with this marlin_gen"
+        )
+    if a.dtype not in ACT_DTYPES:
+        known = ", ".join(str(known) for known in ACT_DTYPES)
+        raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it with a.half()")
+    if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != WORDS_PER_TILE:
+        raise ValueError(
+            f"weight is {weight.dtype} {list(weight.shape)}; the packed layout is"
+            f" torch.int32 [n/64, k/64, {WORDS_PER_TILE}], as marlin_gen.pack returns"
+        )
+    n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
+    if scales.dtype != torch.float16 or tuple(scales.shape) != (n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT):
+        raise ValueError(
+            f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs torch.float16"
+            f" [{n // SIZE_UNIT}, {k // fmt.group_size}, {SIZE_UNIT}], as marlin_gen.pack returns"
+        )
+    if a.ndim == 0 or a.shape[-1] != k:
+        raise ValueError(f"a has shape {list(a.shape)}; its last dimension must be k={k}, the weight's in-features")
+    if not (a.device == weight.device == scales.device):
+        raise ValueError(
+            f"a is on {a.device}, weight on {weight.device}, scales on {scales.device}; move all to one device,"
+            " for instance packed.to(a.device)"
+        )
+    if not (weight.is_contiguous() and scales.is_contiguous()):
+        raise ValueError(
+            "weight and scales must be contiguous, as marlin_gen.pack returns them; call .contiguous() once"
+        )
+    return n, k
+
+
+def _cuda(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_format: str = "u4b8g128",
+    layout_version: int = 1,
+) -> torch.Tensor:
+    from marlin_gen.serve import Server
+
+    n, k = check_operands(a, weight, scales, weight_format, layout_version)
+    out = torch.empty((*a.shape[:-1], n), dtype=a.dtype, device=a.device)
+    if out.numel():
+        a_2d = a.reshape(-1, k).contiguous()
+        if a_2d.data_ptr() % ALIGNMENT:
+            a_2d = a_2d.clone()
+        Server.of(a.device).gemm(a_2d, weight, scales, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
+    return out
+
+
+def _cpu(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_format: str = "u4b8g128",
+    layout_version: int = 1,
+) -> torch.Tensor:
+    from marlin_gen.layout import PackedWeight, unpack
+    from marlin_gen.reference import gemm_reference
+
+    check_operands(a, weight, scales, weight_format, layout_version)
+    codes, row_scales = unpack(PackedWeight(weight, scales, weight_format, layout_version))
+    return gemm_reference(a, codes, row_scales, weight_format).to(a.dtype)
+
+
+def _fake(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_format: str = "u4b8g128",
+    layout_version: int = 1,
+) -> torch.Tensor:
+    n, _ = check_operands(a, weight, scales, weight_format, layout_version)
+    return a.new_empty((*a.shape[:-1], n))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, scales, ctx.weight_format, ctx.layout_version = inputs
+    ctx.save_for_backward(weight, scales)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    """grad of ``a`` only: the weight is a constant, as for LoRA on a quantised base."""
+    from marlin_gen.layout import PackedWeight, unpack
+    from marlin_gen.reference import dequantize
+
+    if ctx.needs_input_grad[2]:
+        raise NotImplementedError("marlin_gen.gemm has no gradient for scales; call scales.requires_grad_(False)")
+    weight, scales = ctx.saved_tensors
+    codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
+    return grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype), None, None, None, None
+
+
+_LIBRARY.impl("gemm", _cuda, "CUDA")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("gemm", _cpu, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("marlin_gen::gemm", _fake, lib=_LIBRARY)
+torch.library.register_autograd("marlin_gen::gemm", _backward, setup_context=_setup_context, lib=_LIBRARY)

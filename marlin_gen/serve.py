@@ -1,0 +1,167 @@
+"""What the op does on a CUDA device: choose a plan, load its kernel once, launch it.
+
+A candidate that is damaged, does not compile, load or launch costs one warning, and the next one is tried. The last
+resort, which needs no kernel at all, is to dequantise the weight and call cuBLAS.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
+from marlin_gen.launch import Kernel, Launcher, LaunchError
+from marlin_gen.layout import PackedWeight, unpack
+from marlin_gen.problem import Problem
+from marlin_gen.reference import dequantize
+
+log = logging.getLogger("marlin_gen")
+
+MAX_STEPS = 1 << 14  # problems remembered per device; far above the token counts a server meets
+
+
+class ServeWarning(UserWarning):
+    """A problem is not served by its best kernel; the message says why and what to do."""
+
+
+class Step(NamedTuple):
+    """What to do for one problem."""
+
+    problem: Problem
+    choice: Choice | None  # None: dequantise and call cuBLAS
+    kernel: Kernel | None
+
+
+class Server:
+    """One device's tables, loaded kernels and decisions. Any thread may call ``gemm``."""
+
+    def __init__(self, device_index: int, launcher: Launcher, dispatcher: Dispatcher) -> None:
+        self.device_index = device_index
+        self.launcher = launcher
+        self.dispatcher = dispatcher
+        self._steps: dict[tuple[int, int, int, str, str], Step] = {}
+        self._kernels: dict[str, Kernel | None] = {}  # by spec key; None: cannot be had
+        self._failed: set[Plan] = set()  # loaded, but the driver refused to launch them
+        self._can_compile = True
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, device: torch.device) -> Server:
+        """The device's server, made on first use. Raises ValueError for a GPU that no kernel can run on."""
+        return _server(device.index if device.index is not None else torch.cuda.current_device())
+
+    def gemm(
+        self,
+        a: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+        weight_format: str,
+        act_dtype: str,
+    ) -> None:
+        """Write ``a [m, k] @ B^T`` into ``out [m, n]``, both contiguous, 16-byte aligned and with m > 0."""
+        m, k = a.shape
+        key = (out.shape[1], k, m, weight_format, act_dtype)
+        with torch.cuda.device(self.device_index):
+            while True:
+                step = self._steps.get(key) or self._decide(key)
+                if step.choice is None or step.kernel is None:
+                    codes, row_scales = unpack(PackedWeight(weight, scales, weight_format))
+                    torch.matmul(a, dequantize(codes, row_scales, weight_format, a.dtype).T, out=out)
+                    return
+                try:
+                    self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
+                    return
+                except LaunchError as error:
+                    _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
+                    self._failed.add(step.choice.plan)
+                    self._steps.pop(key, None)
+
+    def choice(self, problem: Problem) -> Choice | None:
+        """What serves ``problem``, for people and tests; None: dequantise and call cuBLAS."""
+        p = problem
+        key = (p.n, p.k, p.m, p.weight_format, p.act_dtype)
+        return (self._steps.get(key) or self._decide(key)).choice
+
+    def _decide(self, key: tuple[int, int, int, str, str]) -> Step:
+        n, k, m, weight_format, act_dtype = key
+        problem = Problem(n, k, m, weight_format, act_dtype)
+        with self._lock:
+            if len(self._steps) >= MAX_STEPS:
+                self._steps.clear()
+            step = self._steps[key] = self._first_that_loads(problem)
+        return step
+
+    def _first_that_loads(self, problem: Problem) -> Step:
+        for choice in self.dispatcher.choose(problem):
+            if choice.plan in self._failed:
+                continue
+            if kernel := self._kernel(choice):
+                log.info("n=%d k=%d m=%d: %s", problem.n, problem.k, problem.m, choice.key)
+                return Step(problem, choice, kernel)
+        _warn(
+            f"no kernel for n={problem.n}, k={problem.k}, m={problem.m} on {self.dispatcher.gpu.slug}:"
+            f" dequantising the whole weight on every call, which is slow. Run `marlin-gen tune --shapes"
+            f" {problem.n}x{problem.k}` on this GPU, or let the default kernel be compiled: pip install 'marlin_gen[tune,nvcc]'"
+        )
+        return Step(problem, None, None)
+
+    def _kernel(self, choice: Choice) -> Kernel | None:
+        """The loaded kernel of a choice, prebuilt or compiled now; None, for good, when it cannot be had."""
+        key = choice.spec.key
+        if key not in self._kernels:
+            location = choice.kernel or self._compiled(choice.spec)
+            self._kernels[key] = self._loaded(location, choice.spec) if location else None
+        return self._kernels[key]
+
+    def _loaded(self, location: KernelLocation, spec: KernelSpec) -> Kernel | None:
+        try:
+            return self.launcher.load(location.cubin, location.symbol, spec)
+        except LaunchError as error:
+            _warn(f"{location.cubin} does not load ({error}); using the next candidate. Compile or tune it again")
+            return None
+
+    def _compiled(self, spec: KernelSpec) -> KernelLocation | None:
+        """Compile ``spec`` through the cache; None without a compiler, or when it does not compile."""
+        if not self._can_compile:
+            return None
+        try:
+            # Serving prebuilt kernels needs none of these: they may not be installed.
+            from marlin_gen.compile import CompileFailure, compile_all
+            from marlin_gen.render import render
+            from marlin_gen.toolchain import ToolchainError, find_toolchain
+        except ImportError as error:
+            self._can_compile = False
+            log.info("cannot compile kernels: %s", error)
+            return None
+        try:
+            toolchain = find_toolchain()
+            log.warning("no prebuilt kernel %s; compiling it with %s, once", spec.key, toolchain.name)
+            result = compile_all([render(spec)], toolchain)[spec]
+        except (ToolchainError, OSError) as error:
+            self._can_compile = False
+            _warn(f"cannot compile {spec.key}: {error}")
+            return None
+        except ValueError as error:  # not legal for this architecture, for instance a forced plan
+            _warn(str(error))
+            return None
+        if isinstance(result, CompileFailure):
+            _warn(f"{spec.key} does not compile ({result.reason}); using the next candidate")
+            return None
+        return KernelLocation(result.cubin, result.symbol)
+
+
+@cache
+def _server(device_index: int) -> Server:
+    launcher = Launcher.for_device(device_index)
+    return Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, ServeWarning, stacklevel=2)

@@ -1,0 +1,156 @@
+"""The entries of a dispatch table: the plan that won one problem, and the compiled kernel it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.measurement import ERROR_LIMIT, Artifact, Baseline, Measurement
+from marlin_gen.problem import Problem
+
+T = TypeVar("T")
+
+
+class FieldError(ValueError):
+    """A field of a table is missing or wrong; the message names it."""
+
+
+def take(data: Any, name: str, kind: type[T]) -> T:
+    """``data[name]``, checked to be a ``kind``; a FieldError that names it otherwise. Whole numbers count as floats."""
+    if not isinstance(data, dict):
+        raise FieldError(f"{data!r:.60} is not an object")
+    value = data.get(name)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise FieldError(f"{name}={value!r:.60} is not a {kind.__name__}" if name in data else f"{name} is missing")
+    return value
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """A compiled kernel as a table names it."""
+
+    file: str  # relative to the table's folder: kernels/<spec key>.cubin
+    sha256: str  # of the cubin, hex
+    symbol: str
+    registers: int  # per thread
+    smem_bytes: int  # dynamic shared memory per block
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> KernelFile:
+        spec = artifact.spec
+        smem_bytes = FAMILIES.of(spec.config).smem_bytes(spec.config, spec.format_row)
+        sha256 = hashlib.sha256(artifact.cubin.read_bytes()).hexdigest()
+        return cls(_file_of(spec.key), sha256, artifact.symbol, artifact.registers, smem_bytes)
+
+    @classmethod
+    def from_json(cls, key: str, data: Any) -> KernelFile:
+        """The kernel of spec ``key``; a ValueError names the first fault."""
+        KernelSpec.from_key(key)
+        if take(data, "file", str) != _file_of(key):
+            raise FieldError(f"file={data['file']!r} is not {_file_of(key)!r}")
+        names = (take(data, "file", str), take(data, "sha256", str), take(data, "symbol", str))
+        return cls(*names, take(data, "registers", int), take(data, "smem_bytes", int))
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """Times are medians in microseconds, ``us_low .. us_high`` the 95 % interval; None where nothing was measured."""
+
+    problem: Problem
+    plan: Plan
+    us: float
+    us_low: float
+    us_high: float
+    relative_error: float  # against the fp32 reference
+    default_plan: Plan | None = None  # what the family would do without a table
+    default_us: float | None = None
+    cublas_us: float | None = None  # fp16 matmul with the dense weight
+    read_floor_us: float | None = None  # a plain read of the packed bytes
+    transferred_from: str = ""  # slug of the GPU whose table suggested the plan, when nothing was measured here
+
+    def __post_init__(self) -> None:
+        if not 0 < self.us_low <= self.us <= self.us_high:
+            raise FieldError(f"us={self.us} does not lie between us_low={self.us_low} and us_high={self.us_high}")
+        if not 0 <= self.relative_error <= ERROR_LIMIT:
+            raise FieldError(f"relative_error={self.relative_error} is above {ERROR_LIMIT}")
+        for plan in (self.plan, self.default_plan):
+            if plan:
+                FAMILIES.of(plan.config)  # a ValueError names an unknown family
+
+    @classmethod
+    def of(cls, winner: Measurement, default: Measurement | None, baseline: Baseline | None) -> TableRow:
+        """The row of one problem's finalists. ``winner`` must have been measured and right."""
+        if not winner.ok or winner.us is None or winner.relative_error is None:
+            raise ValueError(f"{winner.plan.key} has status {winner.status!r} and cannot be a row")
+        return cls(
+            winner.problem, winner.plan, winner.us, winner.us_low or winner.us, winner.us_high or winner.us,
+            winner.relative_error,
+            default_plan=default.plan if default else None,
+            default_us=default.us if default and default.ok else None,
+            cublas_us=baseline.cublas_us if baseline else None,
+            read_floor_us=baseline.read_floor_us if baseline else None,
+        )  # fmt: skip
+
+    def specs(self, gpu: Gpu) -> list[KernelSpec]:
+        """The kernels this row needs on ``gpu``: the plan's, then the default's."""
+        p, plans = self.problem, [plan for plan in (self.plan, self.default_plan) if plan]
+        return [KernelSpec(plan.config, p.weight_format, p.act_dtype, gpu.arch.name) for plan in plans]
+
+    def to_json(self) -> dict[str, Any]:
+        """Named fields in reading order. Times are rounded to a nanosecond."""
+        p = self.problem
+        row: dict[str, Any] = {"n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype}
+        row["plan"] = _plan_to_json(self.plan)
+        row |= {name: round(getattr(self, name), 3) for name in ("us", "us_low", "us_high")}
+        row["default_plan"] = _plan_to_json(self.default_plan) if self.default_plan else None
+        for name in ("default_us", "cublas_us", "read_floor_us"):
+            value = getattr(self, name)
+            row[name] = None if value is None else round(value, 3)
+        row["relative_error"] = float(f"{self.relative_error:.3g}")
+        if self.transferred_from:
+            row["transferred_from"] = self.transferred_from
+        return row
+
+    @classmethod
+    def from_json(cls, data: Any) -> TableRow:
+        """The inverse of ``to_json``; a ValueError names the first fault."""
+        n, k, m = (take(data, name, int) for name in ("n", "k", "m"))
+        us, low, high, error = (take(data, name, float) for name in ("us", "us_low", "us_high", "relative_error"))
+        default_us, cublas_us, read_floor_us = (
+            None if data.get(name) is None else take(data, name, float)
+            for name in ("default_us", "cublas_us", "read_floor_us")
+        )
+        return cls(
+            Problem(n, k, m, take(data, "weight_format", str), take(data, "act_dtype", str)),
+            _plan_from_json(take(data, "plan", dict)), us, low, high, error,
+            _plan_from_json(take(data, "default_plan", dict)) if data.get("default_plan") is not None else None,
+            default_us, cublas_us, read_floor_us,
+            take(data, "transferred_from", str) if "transferred_from" in data else "",
+        )  # fmt: skip
+
+
+def _file_of(key: str) -> str:
+    return f"kernels/{key}.cubin"
+
+
+def _plan_to_json(plan: Plan) -> dict[str, Any]:
+    return {**asdict(plan.config), "raster": plan.raster}
+
+
+def _plan_from_json(data: dict[str, Any]) -> Plan:
+    take(data, "family", str)
+    try:
+        config = KernelConfig(**{name: value for name, value in data.items() if name != "raster"})
+    except TypeError as error:
+        raise FieldError(f"plan: {error}") from None
+    raster = take(data, "raster", int)
+    if raster < 1:
+        raise FieldError(f"raster={raster} is not a positive whole number")
+    return Plan(config, raster)
