@@ -1,0 +1,141 @@
+"""The CUDA driver, through cuda-bindings (which CUDA builds of torch bring): identity, modules, tensor maps, launches."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from marlin_gen.arch import Gpu
+
+
+class LaunchError(RuntimeError):
+    """The driver refused; the message names the call and the CUDA error."""
+
+
+@cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise LaunchError(f"cuda-bindings is missing ({error}); get it with: pip install cuda-bindings") from error
+    return driver
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call the driver function ``name``; its single result, a tuple of several, or None. LaunchError unless it succeeds."""
+    status, *results = getattr(_driver(), name)(*arguments)
+    if int(status):
+        raise LaunchError(f"{name}: {status.name}")
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def attribute(function: Any, name: str) -> int:
+    """A function attribute such as NUM_REGS."""
+    return int(call("cuFuncGetAttribute", getattr(_driver().CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}"), function))
+
+
+def identify(device_index: int) -> Gpu:
+    """The identity of a CUDA device. Needs no context."""
+    call("cuInit", 0)
+    device = call("cuDeviceGet", device_index)
+
+    def read(name: str) -> int:
+        enum = _driver().CUdevice_attribute
+        return int(call("cuDeviceGetAttribute", getattr(enum, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
+
+    # Memory clock in kHz, two transfers a clock, bus width in bits.
+    bandwidth = 2 * read("MEMORY_CLOCK_RATE") * read("GLOBAL_MEMORY_BUS_WIDTH") / 8 / 1e6
+    name = call("cuDeviceGetName", 96, device).split(b"\0")[0].decode()
+    return Gpu(
+        capability=(read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")),
+        num_sms=read("MULTIPROCESSOR_COUNT"),
+        l2_bytes=read("L2_CACHE_SIZE"),
+        smem_per_sm=read("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+        bandwidth_gbs=round(bandwidth),
+        name=name,
+    )
+
+
+def driver_version() -> str:
+    """The newest CUDA version the installed driver supports, such as 13.0."""
+    version = int(call("cuDriverGetVersion"))
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A loaded kernel. Holds its module, so that it stays loaded."""
+
+    handle: Any
+    module: Any
+
+
+def load(cubin: Path, symbol: str, smem_bytes: int) -> Function:
+    """Load a cubin into the current context and allow its dynamic shared memory."""
+    try:
+        image = cubin.read_bytes()
+    except OSError as error:
+        raise LaunchError(f"cannot read {cubin.name}: {error.strerror}") from error
+    module = call("cuModuleLoadData", image)
+    function = call("cuModuleGetFunction", module, symbol.encode())
+    limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    call("cuFuncSetAttribute", function, limit, smem_bytes)
+    return Function(function, module)
+
+
+def launch_config(grid: int, threads: int, smem_bytes: int, cluster: int) -> Any:
+    """A reusable CUlaunchConfig for one-dimensional grids; set ``hStream`` before each launch."""
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = smem_bytes
+    if cluster > 1:
+        dimension = driver.CUlaunchAttribute()
+        dimension.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension.value.clusterDim.x, dimension.value.clusterDim.y, dimension.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [dimension], 1
+    return config
+
+
+def resident_clusters(function: Function, threads: int, smem_bytes: int, cluster: int, num_sms: int) -> int:
+    """How many clusters (blocks, when ``cluster`` is 1) of the kernel run at once on an empty GPU."""
+    if cluster > 1:
+        config = launch_config(cluster, threads, smem_bytes, cluster)
+        return int(call("cuOccupancyMaxActiveClusters", function.handle, config))
+    return num_sms * int(call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function.handle, threads, smem_bytes))
+
+
+def tensor_map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> Any:
+    """A CUtensorMap of a row-major fp16 matrix, read or written in boxes of (rows, columns), 128-byte swizzle.
+
+    ``pointer`` is 16-byte aligned, ``columns`` a multiple of 8, a box row 128 bytes. The encoded 128 bytes are at
+    ``.getPtr()``.
+    """
+    d = _driver()
+    return call(
+        "cuTensorMapEncodeTiled",
+        d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        2,
+        pointer,
+        [d.cuuint64_t(columns), d.cuuint64_t(rows)],
+        [d.cuuint64_t(columns * 2)],
+        [d.cuuint32_t(box[1]), d.cuuint32_t(box[0])],
+        [d.cuuint32_t(1), d.cuuint32_t(1)],
+        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+
+
+def launch(function: Function, config: Any, arguments: list[Any], stream: int) -> None:
+    """Launch on ``stream`` (a CUstream as an integer). ``arguments`` are ctypes scalars or objects with ``getPtr``."""
+    pointers = (ctypes.c_void_p * len(arguments))(
+        *(a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments)
+    )
+    config.hStream = stream
+    call("cuLaunchKernelEx", config, function.handle, ctypes.addressof(pointers), 0)

@@ -1,0 +1,120 @@
+"""From a plan and tensors to a launch: grid, kernel arguments, workspace."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlin_gen import driver
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.driver import LaunchError
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.base import LaunchShape
+from marlin_gen.problem import Problem
+
+__all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
+
+_MAX_SHAPES = 4096  # launch shapes remembered per kernel: one per (plan, problem) seen
+
+
+@dataclass
+class Kernel:
+    """A kernel that is loaded on one device."""
+
+    spec: KernelSpec
+    function: driver.Function
+    max_clusters: int  # clusters (blocks, when there are none) that are resident at once
+    shapes: dict[tuple[int, Problem], tuple[LaunchShape, Any]] = field(default_factory=dict)
+
+    def shape(self, plan: Plan, problem: Problem, num_sms: int) -> tuple[LaunchShape, Any]:
+        """The launch shape and its reusable driver config."""
+        known = self.shapes.get((plan.raster, problem))
+        if known:
+            return known
+        shape = FAMILIES.of(plan.config).launch_shape(plan, problem, num_sms, self.max_clusters)
+        config = driver.launch_config(shape.grid, shape.threads, shape.smem_bytes, shape.cluster)
+        if len(self.shapes) >= _MAX_SHAPES:
+            self.shapes.clear()
+        self.shapes[plan.raster, problem] = shape, config
+        return shape, config
+
+
+class Workspace:
+    """Scratch of striped kernels: fp32 partial sums, and locks that are zero between launches.
+
+    One stream uses a workspace at a time. Eager calls share one lock buffer per stream; a call under graph capture gets
+    locks of its own, since its graph may later be replayed beside anything.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._locks: dict[int, torch.Tensor] = {}  # by stream
+
+    def take(self, shape: LaunchShape, stream: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Partials and locks for a launch on ``stream``, which is the current stream; (None, None) where none are needed.
+
+        The caching allocator keeps the partials for this stream until what is queued on it now is done.
+        """
+        if not shape.partials_bytes:
+            return None, None
+        partials = torch.empty(shape.partials_bytes, dtype=torch.uint8, device=self._device)
+        if torch.cuda.is_current_stream_capturing():
+            return partials, torch.zeros(shape.num_locks, dtype=torch.int32, device=self._device)
+        locks = self._locks.get(stream)
+        if locks is None or locks.numel() < shape.num_locks:
+            locks = self._locks[stream] = torch.zeros(shape.num_locks, dtype=torch.int32, device=self._device)
+        return partials, locks
+
+
+class Launcher:
+    """Loads and launches kernels on one CUDA device."""
+
+    def __init__(self, device_index: int) -> None:
+        self.device_index = device_index
+        self.gpu: Gpu = driver.identify(device_index)
+        self.workspace = Workspace(torch.device("cuda", device_index))
+        torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
+
+    @classmethod
+    @cache
+    def for_device(cls, device_index: int) -> Launcher:
+        """The one launcher of a device."""
+        return cls(device_index)
+
+    def load(self, cubin: Path, symbol: str, spec: KernelSpec) -> Kernel:
+        """Load a cubin; a LaunchError when it is not one, lacks the symbol, or cannot be resident."""
+        family = FAMILIES.of(spec.config)
+        threads, smem = family.threads(spec.config), family.smem_bytes(spec.config, spec.format_row)
+        with torch.cuda.device(self.device_index):
+            function = driver.load(cubin, symbol, smem)
+            resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
+        if resident < 1:
+            raise LaunchError(f"{spec.key} does not fit on an SM of {self.gpu.name}: {smem} bytes of shared memory, {threads} threads")
+        return Kernel(spec, function, resident)
+
+    def run(
+        self, kernel: Kernel, plan: Plan, problem: Problem,
+        a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``out [m, n] = a [m, k] @ B^T`` on the current stream. Tensors are contiguous, 16-byte aligned, on this device."""
+        shape, config = kernel.shape(plan, problem, self.gpu.num_sms)
+        stream = torch.cuda.current_stream(self.device_index).cuda_stream
+        partials, locks = self.workspace.take(shape, stream)
+        pointers = {"a": a, "c": out, "weight": weight, "scales": scales, "partials": partials, "locks": locks}
+        arguments: list[Any] = []
+        for operand in shape.operands:
+            if operand == "a_map":
+                arguments.append(driver.tensor_map(a.data_ptr(), problem.m, problem.k, shape.a_box))
+            elif operand == "c_map":
+                arguments.append(driver.tensor_map(out.data_ptr(), problem.m, problem.n, shape.c_box))
+            else:
+                tensor = pointers[operand]
+                arguments.append(ctypes.c_uint64(tensor.data_ptr() if tensor is not None else 0))
+        arguments.extend(map(ctypes.c_int32, shape.scalars))
+        driver.launch(kernel.function, config, arguments, stream)
