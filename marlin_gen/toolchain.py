@@ -46,7 +46,8 @@ class Toolchain:
         # ptxas -v is the report that registers and spills are read from.
         common = ("-std=c++17", "--ptxas-options=-v", *(["-lineinfo"] if lineinfo else []))
         if self.name == "nvrtc":
-            return (f"-arch={arch}", *common)
+            # A plain constexpr function is device code here, as it is for nvcc in a constant expression.
+            return (f"-arch={arch}", "-default-device", *common)
         return ("-O3", "-cubin", f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}", *common)
 
     def command(self, flags: tuple[str, ...], include: Path, source: str, cubin: str) -> list[str]:
