@@ -188,7 +188,7 @@ def distance(problem: Problem, row: TableRow, num_sms: int) -> float:
 
 
 def wave_fill(plan: Plan, problem: Problem, num_sms: int) -> float:
-    """Busy block slots over all block slots of the waves a problem takes, in (0, 1]; 1 for striped, which has no tail."""
+    """Busy over all block slots of the waves a problem takes, in (0, 1]; 1 for striped, which has no tail."""
     config = plan.config
     if config.partition == "striped":
         return 1.0

@@ -30,6 +30,9 @@ class ServeWarning(UserWarning):
     """A problem is not served by its best kernel; the message says why and what to do."""
 
 
+Key = tuple[int, int, int, str, str]  # Problem's fields in order: a plain tuple hashes fastest
+
+
 class Step(NamedTuple):
     """What to do for one problem."""
 
@@ -45,9 +48,9 @@ class Server:
         self.device_index = device_index
         self.launcher = launcher
         self.dispatcher = dispatcher
-        self._steps: dict[tuple[int, int, int, str, str], Step] = {}
+        self._steps: dict[Key, Step] = {}
         self._kernels: dict[str, Kernel | None] = {}  # by spec key; None: cannot be had
-        self._failed: set[Plan] = set()  # loaded, but the driver refused to launch them
+        self._failed: set[tuple[Key, Plan]] = set()  # loaded, but the driver refused to launch them
         self._can_compile = True
         self._lock = threading.Lock()
 
@@ -66,49 +69,53 @@ class Server:
         act_dtype: str,
     ) -> None:
         """Write ``a [m, k] @ B^T`` into ``out [m, n]``, both contiguous, 16-byte aligned and with m > 0."""
-        m, k = a.shape
-        key = (out.shape[1], k, m, weight_format, act_dtype)
-        with torch.cuda.device(self.device_index):
-            while True:
-                step = self._steps.get(key) or self._decide(key)
-                if step.choice is None or step.kernel is None:
-                    codes, row_scales = unpack(PackedWeight(weight, scales, weight_format))
-                    torch.matmul(a, dequantize(codes, row_scales, weight_format, a.dtype).T, out=out)
-                    return
-                try:
-                    self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
-                    return
-                except LaunchError as error:
-                    _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
-                    self._failed.add(step.choice.plan)
-                    self._steps.pop(key, None)
+        problem = (out.shape[1], a.shape[1], a.shape[0], weight_format, act_dtype)
+        if torch.cuda.current_device() == self.device_index:  # the context manager costs as much as a launch
+            self._run(problem, a, weight, scales, out)
+        else:
+            with torch.cuda.device(self.device_index):
+                self._run(problem, a, weight, scales, out)
+
+    def _run(self, key: Key, a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        while True:
+            step = self._steps.get(key) or self._decide(key)
+            if step.choice is None or step.kernel is None:
+                codes, row_scales = unpack(PackedWeight(weight, scales, step.problem.weight_format))
+                dense = dequantize(codes, row_scales, step.problem.weight_format, a.dtype)
+                torch.matmul(a, dense.T, out=out)
+                return
+            try:
+                self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
+                return
+            except LaunchError as error:
+                _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
+                self._failed.add((key, step.choice.plan))
+                self._steps.pop(key, None)
 
     def choice(self, problem: Problem) -> Choice | None:
         """What serves ``problem``, for people and tests; None: dequantise and call cuBLAS."""
-        p = problem
-        key = (p.n, p.k, p.m, p.weight_format, p.act_dtype)
+        key = (problem.n, problem.k, problem.m, problem.weight_format, problem.act_dtype)
         return (self._steps.get(key) or self._decide(key)).choice
 
-    def _decide(self, key: tuple[int, int, int, str, str]) -> Step:
-        n, k, m, weight_format, act_dtype = key
-        problem = Problem(n, k, m, weight_format, act_dtype)
+    def _decide(self, key: Key) -> Step:
         with self._lock:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            step = self._steps[key] = self._first_that_loads(problem)
+            step = self._steps[key] = self._first_that_loads(key)
         return step
 
-    def _first_that_loads(self, problem: Problem) -> Step:
+    def _first_that_loads(self, key: Key) -> Step:
+        problem = Problem(*key)
         for choice in self.dispatcher.choose(problem):
-            if choice.plan in self._failed:
+            if (key, choice.plan) in self._failed:
                 continue
             if kernel := self._kernel(choice):
                 log.info("n=%d k=%d m=%d: %s", problem.n, problem.k, problem.m, choice.key)
                 return Step(problem, choice, kernel)
         _warn(
-            f"no kernel for n={problem.n}, k={problem.k}, m={problem.m} on {self.dispatcher.gpu.slug}:"
-            f" dequantising the whole weight on every call, which is slow. Run `marlin-gen tune --shapes"
-            f" {problem.n}x{problem.k}` on this GPU, or let the default kernel be compiled: pip install 'marlin_gen[tune,nvcc]'"
+            f"no kernel for n={problem.n}, k={problem.k}, m={problem.m} on {self.dispatcher.gpu.slug}: dequantising the"
+            f" whole weight on every call, which is slow. Run `marlin-gen tune --shapes {problem.n}x{problem.k}` here,"
+            " or install a compiler for the default kernel: pip install 'marlin_gen[tune,nvcc]'"
         )
         return Step(problem, None, None)
 

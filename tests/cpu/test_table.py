@@ -1,0 +1,289 @@
+"""Tables on disk: equal bytes, damage is a miss with one warning, writes lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import tables
+from tables import H100, H200, mma, row, wgmma
+
+from marlin_gen.measurement import Baseline, Measurement
+from marlin_gen.problem import Problem
+from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse, publish
+from marlin_gen.table_row import TableRow
+
+ROWS = [
+    row(4096, 4096, 16, wgmma(16, 256), us=6.5, default=mma(64, 16)),
+    row(4096, 4096, 1, mma()),
+    row(4096, 14336, 1, mma()),
+]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> DispatchTable:
+    return tables.table(tmp_path, ROWS)
+
+
+def load(folder: Path) -> DispatchTable:
+    """Load, with any warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = DispatchTable.load(folder)
+    assert found is not None
+    return found
+
+
+def load_damaged(folder: Path, match: str) -> DispatchTable | None:
+    with pytest.warns(TableWarning, match=match) as caught:
+        found = DispatchTable.load(folder)
+    assert len(caught) == 1
+    return found
+
+
+def edit(folder: Path, change) -> None:
+    data = json.loads((folder / FILE_NAME).read_text())
+    change(data)
+    (folder / FILE_NAME).write_text(json.dumps(data))
+
+
+def test_round_trip(written):
+    found = load(written.folder)
+    assert found == written
+    assert [r.problem for r in found.rows] == [Problem(4096, 4096, 1), Problem(4096, 4096, 16), Problem(4096, 14336, 1)]
+    assert found.text() == written.text()
+    for key in found.kernels:
+        assert found.cubin(key).read_bytes() == key.encode()
+
+
+def test_file_is_reviewable(written):
+    lines = (written.folder / FILE_NAME).read_text().splitlines()
+    rows = [json.loads(line.rstrip(",")) for line in lines if line.startswith('  {"n"')]
+    assert len(rows) == len(ROWS), "one row per line"
+    assert rows[1]["plan"] == {
+        "family": "wgmma", "block_m": 16, "block_n": 64, "block_k": 256, "warps_n": 4, "warps_k": 1, "num_stages": 4,
+        "blocks_per_sm": 1, "cluster_size": 1, "partition": "tiles", "dequant": "exact", "raster": 1,
+    }  # fmt: skip
+    assert str(written.folder) not in "\n".join(lines)
+
+
+def test_loading_a_folder_without_a_table_is_silent(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DispatchTable.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', "\x00\xff"])
+def test_a_file_that_is_no_table_is_a_miss(written, text):
+    (written.folder / FILE_NAME).write_text(text)
+    assert load_damaged(written.folder, FILE_NAME) is None
+
+
+HEADS = {
+    "schema": (lambda d: d.update(schema=99), "schema=99 is not 1; it was written by another version"),
+    "layout": (lambda d: d.update(layout_version=2), "layout_version=2 is not 1"),
+    "gpu field": (lambda d: d["gpu"].pop("num_sms"), "not used"),
+    "unknown gpu field": (lambda d: d["gpu"].update(colour="red"), "not used"),
+    "old gpu": (lambda d: d["gpu"].update(capability=[7, 5]), "7.5 is too old"),
+    "rows": (lambda d: d.update(rows={}), "rows={} is not a list"),
+    "runs missing": (lambda d: d.pop("runs"), "runs is missing"),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_a_head_at_fault_is_a_miss(written, case):
+    change, message = HEADS[case]
+    edit(written.folder, change)
+    assert load_damaged(written.folder, message) is None
+
+
+BAD_ROWS = {
+    "missing field": lambda r: r.pop("us"),
+    "text for a number": lambda r: r.update(m="16"),
+    "boolean for a number": lambda r: r.update(m=True),
+    "not finite": lambda r: r.update(us=float("nan")),
+    "negative time": lambda r: r.update(us=-1.0),
+    "wrong numbers": lambda r: r.update(relative_error=0.5),
+    "unknown family": lambda r: r["plan"].update(family="simt"),
+    "unhashable family": lambda r: r["plan"].update(family=[]),
+    "unknown plan field": lambda r: r["plan"].update(warps_m=2),
+    "missing plan field": lambda r: r["plan"].pop("block_k"),
+    "plan is an index": lambda r: r.update(plan=17),
+    "bad raster": lambda r: r["plan"].update(raster=0),
+    "unknown format": lambda r: r.update(weight_format="u3"),
+    "illegal shape": lambda r: r.update(n=100),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_left_out_and_the_rest_stays(written, case):
+    edit(written.folder, lambda d: BAD_ROWS[case](d["rows"][1]))
+    found = load_damaged(written.folder, "1 entries are not used, the first: row 1")
+    assert [r.problem for r in found.rows] == [Problem(4096, 4096, 1), Problem(4096, 14336, 1)]
+
+
+def test_many_faults_are_one_warning(written):
+    def change(data):
+        for entry in data["rows"]:
+            entry["us"] = None
+        data["kernels"]["not a key"] = {}
+
+    edit(written.folder, change)
+    found = load_damaged(written.folder, "4 entries")
+    assert found.rows == () and set(found.kernels) == set(written.kernels)
+
+
+def test_a_kernel_file_cannot_point_elsewhere(written):
+    key = next(iter(written.kernels))
+    edit(written.folder, lambda d: d["kernels"][key].update(file="../../secret.cubin"))
+    assert key not in load_damaged(written.folder, "secret").kernels
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_cubin_is_a_miss_with_one_warning(written, damage):
+    key = mma_key(written)
+    path = written.folder / written.kernels[key].file
+    if damage == "delete":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + (b"?" if damage == "flip" else b""))
+    found = load(written.folder)
+    with pytest.warns(TableWarning, match=r"using the next candidate") as caught:
+        assert found.cubin(key) is None
+        assert found.cubin(key) is None
+    assert len(caught) == 1
+    others = [found.cubin(other) for other in found.kernels if other != key]
+    assert others and all(others)
+
+
+def mma_key(found: DispatchTable) -> str:
+    return next(key for key in found.kernels if key.startswith("mma-m8"))
+
+
+def test_publish_keeps_other_rows_and_prunes_unnamed_kernels(written, tmp_path):
+    newer_plan = mma(block_n=48)
+    artifacts = [tables.artifact(tmp_path / "new", newer_plan)]
+    rows = [row(4096, 14336, 1, newer_plan, us=7.0), row(8192, 8192, 1, newer_plan)]
+    publish(written.folder, DispatchTable.build(H100, rows, artifacts, {"date": "2026-02-02"}), artifacts)
+    found = load(written.folder)
+    assert {r.problem: r.plan for r in found.rows} == {
+        Problem(4096, 4096, 1): mma(), Problem(4096, 4096, 16): wgmma(16, 256),
+        Problem(4096, 14336, 1): newer_plan, Problem(8192, 8192, 1): newer_plan,
+    }  # fmt: skip
+    assert [run["date"] for run in found.runs] == ["2026-01-01", "2026-02-02"]
+    assert all(found.cubin(key) for key in found.kernels)
+    replaced = [row(4096, 4096, m, newer_plan) for m in (1, 16)]
+    publish(written.folder, DispatchTable.build(H100, replaced, artifacts, {"date": "2026-03-03"}), artifacts)
+    found = load(written.folder)
+    assert set(found.kernels) == {artifacts[0].spec.key}
+    assert [path.stem for path in (written.folder / "kernels").iterdir()] == [artifacts[0].spec.key]
+
+
+def test_publish_replaces_a_recompiled_kernel_for_all_its_rows(written, tmp_path):
+    artifacts = [tables.artifact(tmp_path / "new", mma(), content=b"compiled again")]
+    publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {}), artifacts)
+    found = load(written.folder)
+    assert found.cubin(artifacts[0].spec.key).read_bytes() == b"compiled again"
+    assert len(found.rows) == 3
+
+
+def test_publish_refuses_the_table_of_another_gpu(written, tmp_path):
+    artifacts = [tables.artifact(tmp_path / "new", mma())]
+    other = DispatchTable.build(H200, [row(4096, 4096, 1, mma())], artifacts, {})
+    with pytest.raises(ValueError, match=r"holds the table of h100-132sm-3352gbs; write that of h200"):
+        publish(written.folder, other, artifacts)
+    assert load(written.folder) == written
+
+
+def test_publish_sets_a_table_it_cannot_use_aside(written, tmp_path):
+    (written.folder / FILE_NAME).write_text("damaged by hand")
+    artifacts = [tables.artifact(tmp_path / "new", mma())]
+    with pytest.warns(TableWarning):
+        publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {}), artifacts)
+    assert (written.folder / f"{FILE_NAME}.unused").read_text() == "damaged by hand"
+    assert len(load(written.folder).rows) == 1
+
+
+def test_a_full_disk_leaves_the_old_table(written, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    artifacts = [tables.artifact(tmp_path / "new", mma(48))]
+    newer = DispatchTable.build(H100, [row(8192, 8192, 1, mma(48))], artifacts, {})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(written.folder, newer, artifacts)
+    monkeypatch.undo()
+    found = load(written.folder)
+    assert found == written and all(found.cubin(key) for key in found.kernels)
+    assert not [path for path in written.folder.rglob(".*") if path.name != ".lock"], "no temporary file stays"
+
+
+def _publish_one(folder: Path, tmp_path: Path, n: int) -> None:
+    plan = mma()
+    artifacts = [tables.artifact(tmp_path / str(n), plan, content=b"same bytes")]
+    publish(folder, DispatchTable.build(H100, [row(n, 4096, 1, plan)], artifacts, {"n": n}), artifacts)
+
+
+def test_two_processes_may_publish_at_once(tmp_path):
+    sizes = [64 * i for i in range(1, 7)]
+    context = get_context("fork")
+    writers = [context.Process(target=_publish_one, args=(tmp_path / "out", tmp_path, n)) for n in sizes]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [r.problem.n for r in load(tmp_path / "out").rows] == sizes
+
+
+def test_build_needs_an_artifact_for_every_row(tmp_path):
+    with pytest.raises(ValueError, match=r"no artifact for 1 kernels that rows name, the first is wgmma"):
+        DispatchTable.build(H100, ROWS, [tables.artifact(tmp_path, mma())], {})
+
+
+def test_write_refuses_a_cubin_that_changed_since(tmp_path):
+    made = tables.artifact(tmp_path, mma())
+    built = DispatchTable.build(H100, [row(4096, 4096, 1, mma())], [made], {})
+    made.cubin.write_bytes(b"changed")
+    with pytest.raises(ValueError, match="is not the kernel that the table names"):
+        built.write(tmp_path / "out", [made])
+    assert not (tmp_path / "out" / FILE_NAME).exists()
+
+
+def test_row_of_measurements():
+    problem = Problem(4096, 4096, 8)
+    winner = Measurement(problem, mma(), "ok", 4.9, 4.8, 5.0, 2.1e-4)
+    default = Measurement(problem, mma(64), "timeout")
+    made = TableRow.of(winner, default, Baseline(problem, 4.1, 8.7))
+    assert (made.us, made.default_us, made.cublas_us, made.read_floor_us) == (4.9, None, 8.7, 4.1)
+    assert made.default_plan == mma(64)
+    assert TableRow.from_json(json.loads(json.dumps(made.to_json()))) == made
+    with pytest.raises(ValueError, match="status 'wrong' and cannot be a row"):
+        TableRow.of(replace(winner, status="wrong"), None, None)
+
+
+def test_transferred_rows_say_so():
+    made = replace(row(4096, 4096, 1, mma()), transferred_from="h100-132sm-3352gbs")
+    assert TableRow.from_json(made.to_json()) == made
+    assert "transferred_from" not in row(4096, 4096, 1, mma()).to_json()
+
+
+def test_shipped_tables_are_whole():
+    """Every table that ships parses without a fault, and every cubin it names is there."""
+    from marlin_gen import env
+
+    for path in sorted(env.tuned_dir().glob(f"*/{FILE_NAME}")):
+        found, faults = parse(json.loads(path.read_text()), path.parent)
+        assert found is not None and not faults, (path, faults[:3])
+        assert found.gpu.slug == path.parent.name
+        assert path.read_text() == found.text(), f"{path} was edited by hand; write it with DispatchTable.write"
+        broken = [key for key in found.kernels if found.cubin(key) is None]
+        assert not broken, (path, broken[:3])
+        unbuilt = {r.specs(found.gpu)[0].key for r in found.rows} - found.kernels.keys()
+        assert not unbuilt, (path, sorted(unbuilt)[:3])
