@@ -1,4 +1,4 @@
-"""The bench: what the table's choices cost beside cuBLAS and the read floor, as rows of a CSV and a summary by regime."""
+"""The bench: what the table's choices cost beside cuBLAS and the read floor: rows of a CSV, a summary by regime."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]]) -> Iterator[BenchRow | Measurement]:
-    """Time each choice beside cuBLAS and the read floor of the same run; a choice that fails is yielded as it was measured."""
+    """Time each choice beside cuBLAS and the read floor, in one run; one that fails is yielded as it was measured."""
     for problem, artifact, plan in choices:
         (baseline,) = measurer.baselines([problem])
         (found,) = measurer.finals(problem, [(artifact, plan)])

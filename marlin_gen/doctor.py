@@ -1,4 +1,4 @@
-"""What is here, what is missing, and how to get it. Looks at everything, changes nothing, and never raises for a finding."""
+"""What is here, what is missing, and how to get it. Changes nothing; what is broken is a finding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def examine(purpose: str | None = None) -> tuple[str, list[Finding]]:
     if purpose is not None and purpose not in PURPOSES:
         raise ValueError(f"--for {purpose!r} is not one of {', '.join(PURPOSES)}")
     gpu, gpu_findings = _gpu()
-    findings = [*gpu_findings, _torch(), *_compilers(), *_packages(), *_tables(gpu), _recordings(), _cache()]
+    findings = [*gpu_findings, _torch(gpu), *_compilers(), *_packages(), *_tables(gpu), _recordings(), _cache()]
     findings += _variables()
     return purpose or ("tune" if gpu else "replay"), findings
 
@@ -48,31 +48,36 @@ def broken(purpose: str, findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if not finding.ok and purpose in finding.needed_for]
 
 
-def _torch() -> Finding:
+def _torch(gpu: Gpu | None) -> Finding:
     try:
         import torch
     except ImportError as error:
         return Finding("torch", False, f"cannot be imported: {error}", "pip install torch", tuple(PURPOSES))
-    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding("torch", True, f"{torch.__version__}, {build}")
+    if not torch.version.cuda:
+        fix = "install a CUDA build of torch to use a GPU"
+        return Finding("torch", not gpu, f"{torch.__version__}, CPU build", fix, ("serve", "tune"))
+    return Finding("torch", True, f"{torch.__version__}, built for CUDA {torch.version.cuda}")
 
 
 def _gpu() -> tuple[Gpu | None, list[Finding]]:
-    """The current GPU and its driver; both are findings."""
+    """The first GPU and its driver; both are findings."""
     from marlin_gen import driver
 
     needed = ("serve", "tune")
-    version = driver.driver_version()
-    if version is None:
-        fix = "install the NVIDIA driver (580 or newer); without a GPU, tune replays a recording"
-        return None, [Finding("driver", False, "no NVIDIA driver (libcuda.so.1 is not there)", fix, needed)]
-    found = Finding("driver", True, f"supports CUDA {version[0]}.{version[1]}")
     try:
-        gpu = driver.current_gpu()
+        found = [Finding("driver", True, f"supports CUDA {driver.driver_version()}")]
+    except driver.LaunchError as error:  # cuda-bindings is not there, or the driver does not answer
+        return None, [Finding("driver", False, str(error), "install the NVIDIA driver and cuda-bindings", needed)]
+    except (OSError, RuntimeError):  # what cuda-bindings raises without libcuda differs by version
+        fix = "install the NVIDIA driver; without a GPU, tune replays a recording"
+        return None, [Finding("driver", False, "no NVIDIA driver (libcuda is not there)", fix, needed)]
+    try:
+        gpu = driver.identify(0)
         arch = arch_for(gpu.capability)
-    except (OSError, RuntimeError, ValueError) as error:
-        return None, [found, Finding("GPU", False, str(error), "use a GPU of compute capability 8.0 or newer", needed)]
-    return gpu, [found, Finding("GPU", True, f"{gpu.name} ({gpu.slug}, kernels for {arch.name})")]
+    except (driver.LaunchError, ValueError) as error:
+        fix = "use a GPU of compute capability 8.0 or newer"
+        return None, [*found, Finding("GPU", False, str(error), fix, needed)]
+    return gpu, [*found, Finding("GPU", True, f"{gpu.name} ({gpu.slug}, kernels for {arch.name})")]
 
 
 def _compilers() -> Iterator[Finding]:
@@ -131,8 +136,8 @@ def _tables(gpu: Gpu | None) -> Iterator[Finding]:
             said += f"; {missing} of its kernels are missing or damaged"
         yield Finding("table", not missing, said, "restore the files, or tune again" if missing else "")
     if gpu and not any(gpu.same_class(table.gpu) for table in tables):
-        yield Finding("table for this GPU", False, f"none for {gpu.slug}; family defaults are compiled as they are needed",
-                      "marlin-gen tune --model <preset or config.json>")  # fmt: skip
+        said = f"none for {gpu.slug}; the families' defaults are compiled as they are needed"
+        yield Finding("table for this GPU", False, said, "marlin-gen tune --model <preset or config.json>")
 
 
 def _recordings() -> Finding:

@@ -42,8 +42,11 @@ def _section(path: Path) -> str:
             f" | {row.roofline:.2f} | {row.worst_roofline:.2f} |"
         )
     worst = max(row.relative_error for row in rows)
-    lines += ["", f"Means are geometric. Roofline: reading the packed bytes with a plain read kernel, launch included, or"
-              f" 2mnk at {tflops:.0f} TFLOP/s, whichever is longer. Largest relative error: {worst:.1e}."]  # fmt: skip
+    lines += [
+        "",
+        "Means are geometric. Roofline: the longer of reading the packed bytes with a plain read kernel, launch included"
+        f", and 2mnk at {tflops:.0f} TFLOP/s. Largest relative error: {worst:.1e}.",
+    ]
     return "\n".join(lines)
 
 

@@ -15,5 +15,5 @@ def app() -> None:
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] not in _TUNE_EXTRA:
             raise
-        sys.exit(f"marlin-gen needs {missing.name}, which is not installed; get it with: pip install 'marlin_gen[tune]'")
+        sys.exit(f"marlin-gen needs {missing.name}, which is not installed: pip install 'marlin_gen[tune]'")
     sys.exit(main())

@@ -30,7 +30,7 @@ class Work:
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{layer.n}x{layer.k} {layer.name}".rstrip() for layer in self.layers)
-        return f"{len(self.layers)} shape{'s' * (len(self.layers) > 1)} ({shapes}) at m = {', '.join(map(str, self.tokens))}"
+        return f"{shapes}; m = {', '.join(map(str, self.tokens))}"
 
 
 def work(model: str | None, shapes: str | None, tp: str, tokens: str) -> Work:
@@ -64,15 +64,17 @@ def token_counts(text: str) -> tuple[int, ...]:
         elif word.isdigit() and 0 < int(word) <= MAX_TOKENS:
             counts.append(int(word))
         else:
-            raise ValueError(f"--tokens {text!r}: {word!r} is not a number from 1 to {MAX_TOKENS}; example: 1,2,4,...,4096")
+            raise ValueError(f"--tokens {text!r}: {word!r} is not one of 1 to {MAX_TOKENS}; example: 1,2,4,...,4096")
     return tuple(sorted(set(counts)))
 
 
 def _continued(counts: list[int], rest: list[str], text: str) -> list[int]:
     good = len(counts) >= 2 and counts[-1] > counts[-2] and counts[-1] % counts[-2] == 0
     if not good or not rest or not rest[0].isdigit() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
-        raise ValueError(f"--tokens {text!r}: '...' needs two numbers before it, one a multiple of the other, and a larger"
-                         " one after it; example: 1,2,4,...,4096")  # fmt: skip
+        raise ValueError(
+            f"--tokens {text!r}: '...' needs two numbers before it, the second a multiple of the first, a larger one"
+            " after it; example: 1,2,4,...,4096"
+        )
     ratio, found = counts[-1] // counts[-2], []
     while (following := (found or counts)[-1] * ratio) < int(rest[0]):
         found.append(following)

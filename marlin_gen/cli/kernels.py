@@ -51,7 +51,8 @@ def compile_(
 
     reports = [_report(results[spec]) for spec in specs]
     if json:
-        print_json({"compiler": f"{toolchain.name} {toolchain.version}", "seconds": round(elapsed, 2), "kernels": reports})
+        compiled_by = f"{toolchain.name} {toolchain.version}"
+        print_json({"compiler": compiled_by, "seconds": round(elapsed, 2), "kernels": reports})
     else:
         note(f"{toolchain.name} {toolchain.version} ({toolchain.origin}), {elapsed:.1f} s")
         for report in reports:

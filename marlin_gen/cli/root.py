@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import click
 import typer
 
 from marlin_gen import env
@@ -35,29 +34,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. 0: done; 1: done, with failures that were listed; 2: not possible as asked; 130: interrupted."""
     warnings.showwarning = _warn
     try:
-        return COMMANDS(arguments, standalone_mode=False) or 0
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as error:
-        _say("error", error.format_message())
-        return 2
-    except KeyboardInterrupt:
-        _say("interrupted", "nothing measured is lost; the same command goes on where this one stopped")
-        return 130
+        COMMANDS(arguments)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except BrokenPipeError:
+        return 1
     except USER_ERRORS as error:
         if env.log_level() == "debug":
             raise
-        _say("error", str(error) or type(error).__name__)
+        _say("bold red", "error", str(error) or type(error).__name__)
         return 2
-
-
-def _say(kind: str, message: str) -> None:
-    err.print(f"[bold red]{kind}:[/]", end=" ")
-    err.print(message, markup=False, soft_wrap=True)
+    return 0
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    err.print("[bold yellow]warning:[/]", end=" ")
-    err.print(str(message), markup=False, soft_wrap=True)
+    _say("bold yellow", "warning", str(message))
+
+
+def _say(style: str, kind: str, message: str) -> None:
+    err.print(f"[{style}]{kind}:[/]", end=" ")
+    err.print(message, markup=False, soft_wrap=True)

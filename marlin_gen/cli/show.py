@@ -16,7 +16,7 @@ from marlin_gen.table import DispatchTable
 
 
 def show(
-    gpu: Annotated[str | None, typer.Option(help="A table by the start of its name, as h100; default: this GPU's.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Only these, as 4096x4096,...")] = None,
     plans: Annotated[bool, typer.Option("--plans", help="Show which kernel each cell runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,

@@ -46,9 +46,12 @@ def speedup_table(rows: Sequence[TableRow], gpu: Gpu, title: str = "") -> Table:
 def summary_table(rows: Sequence[TableRow], gpu: Gpu) -> Group | Table:
     """Geometric means by regime over the rows whose yardsticks were measured."""
     lines = [
-        (s.regime, str(s.cells), times(s.speedup), times(s.worst_speedup), fraction(s.roofline), fraction(s.worst_roofline))
+        (
+            s.regime, str(s.cells), times(s.speedup), times(s.worst_speedup),
+            fraction(s.roofline), fraction(s.worst_roofline),
+        )
         for s in bench.summarise(bench_rows(rows), attainable_tflops(gpu))
-    ]
+    ]  # fmt: skip
     columns = ("regime (geometric means)", ">cells", ">vs cuBLAS", ">worst cell", ">roofline", ">worst cell")
     return table("", columns, lines)
 

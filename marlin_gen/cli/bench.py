@@ -1,0 +1,109 @@
+"""``bench``: time what the tables choose, beside cuBLAS and the read floor, into a CSV."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from marlin_gen import bench as benching
+from marlin_gen.bench import BenchRow
+from marlin_gen.cli import arguments, gpus
+from marlin_gen.cli.console import err, note, out, print_json, table, times, us
+from marlin_gen.cli.progress import cells_progress
+from marlin_gen.config import KernelSpec
+from marlin_gen.cost_model import attainable_tflops
+from marlin_gen.dispatch import Choice, Dispatcher, find_tables, forced_plan
+from marlin_gen.measurement import Artifact
+
+
+def bench(
+    model: Annotated[str | None, typer.Option(help="Preset, or path to a Hugging Face config.json.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096.")] = None,
+    tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model.")] = "1",
+    tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
+    device: Annotated[str, typer.Option(help="cuda:0, cuda:1, ...")] = "cuda:0",
+    csv: Annotated[Path | None, typer.Option(help="Where to write; default: bench.csv beside the table.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Time the table's choices beside cuBLAS and the read floor, and write a CSV."""
+    work = arguments.work(model, shapes, tp, tokens)
+    gpu = gpus.require_gpu(device, "bench times kernels")
+    dispatcher = Dispatcher(gpu, find_tables(), forced_plan())
+    choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
+    path = csv or _beside_the_table(dispatcher)
+
+    rows: list[BenchRow] = []
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="marlin_gen-bench-") as scratch, gpus.measurer(device) as measurer:
+        artifacts = _artifacts(list(choices.values()), dispatcher, Path(scratch))
+        entries = [(problem, artifacts[choice.spec], choice.plan) for problem, choice in choices.items()]
+        with cells_progress(len(entries), "bench") as advance:
+            for found in benching.measure(measurer, entries):
+                if isinstance(found, BenchRow):
+                    rows.append(found)
+                    advance(f"{found.n}x{found.k} m={found.m}: {us(found.us)} us, {times(found.speedup)} cuBLAS")
+                else:
+                    failures += 1
+                    p = found.problem
+                    err.print(f"[red]failed:[/] {p.n}x{p.k} m={p.m} {found.plan.key}: {found.status} {found.detail}")
+                    advance("")
+    if not rows:
+        raise ValueError(f"none of the {failures} cells could be measured; marlin-gen doctor says what is wrong")
+    benching.write_csv(path, rows)
+    if json:
+        print_json({"csv": str(path), "failures": failures, "rows": [vars(row) for row in rows]})
+    else:
+        _print(rows, attainable_tflops(gpu), gpu.name, path)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _beside_the_table(dispatcher: Dispatcher) -> Path:
+    folders = [found.folder for found in dispatcher.tables if found.folder]
+    return (folders[0] if folders else Path()) / "bench.csv"
+
+
+def _artifacts(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Path) -> dict[KernelSpec, Artifact]:
+    """The kernel of each choice: the one a table ships, so that what is timed is what is served; else compiled now."""
+    from marlin_gen.compile import CompileFailure, compile_all
+    from marlin_gen.render import render
+
+    found: dict[KernelSpec, Artifact] = {}
+    missing: list[KernelSpec] = []
+    for choice in choices:
+        if choice.kernel is None:
+            missing.append(choice.spec)
+        elif choice.spec not in found:
+            found[choice.spec] = _shipped(choice, dispatcher, scratch)
+    for spec, result in compile_all([render(spec) for spec in missing]).items() if missing else ():
+        if isinstance(result, CompileFailure):
+            raise ValueError(f"{spec.key} does not compile: {result.reason}")
+        found[spec] = result
+    return found
+
+
+def _shipped(choice: Choice, dispatcher: Dispatcher, scratch: Path) -> Artifact:
+    assert choice.kernel
+    folder = scratch / choice.spec.key
+    folder.mkdir()
+    (folder / "kernel.cubin").symlink_to(choice.kernel.cubin.resolve())
+    registers = next(t.kernels[choice.spec.key].registers for t in dispatcher.tables if choice.spec.key in t.kernels)
+    return Artifact(choice.spec, choice.kernel.symbol, folder, registers, spill_bytes=0, static_smem_bytes=0)
+
+
+def _print(rows: Sequence[BenchRow], tflops: float, name: str, path: Path) -> None:
+    columns = ("n x k", ">m", ">us", ">95 % interval", ">cuBLAS", ">floor", ">vs cuBLAS", ">roofline", ">error")
+    out.print(table(name, columns, (
+        (
+            f"{r.n}x{r.k}", str(r.m), us(r.us), f"{us(r.us_low)}-{us(r.us_high)}", us(r.cublas_us), us(r.read_floor_us),
+            times(r.speedup), f"{r.roofline_fraction(tflops):.2f}", f"{r.relative_error:.1e}",
+        )
+        for r in rows
+    )))  # fmt: skip
+    for s in benching.summarise(rows, tflops):
+        out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS (worst {times(s.worst_speedup)}), roofline {s.roofline:.2f}")
+    note(f"written to {path}")

@@ -1,0 +1,88 @@
+"""Where the study of a tune lies, and what makes two tunes the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from marlin_gen import env
+from marlin_gen.cli.console import note
+from marlin_gen.measurement import Measurer
+from marlin_gen.problem import Problem
+from marlin_gen.replay import ReplayMeasurer
+from marlin_gen.toolchain import find_toolchain
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder that holds everything a tune has learnt: ``kill -9`` and the same command goes on from here."""
+
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "trials.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "optuna.journal"
+
+
+def open_study(
+    measurer: Measurer, problems: Sequence[Problem], seed: int, versions: Mapping[str, str], folder: Path | None, fresh: bool
+) -> Study:
+    """The study of exactly this work, in ``folder`` or where such studies are kept; emptied first if ``fresh``."""
+    if folder is None:
+        kind = "replay-" if isinstance(measurer, ReplayMeasurer) else ""
+        name = f"{kind}{measurer.gpu.slug}-{_digest([[vars(p) for p in problems], seed, dict(versions)])}"
+        folder = env.user_data_dir() / "studies" / name
+    study = Study(folder)
+    if fresh:
+        for path in (study.log, study.journal):
+            path.unlink(missing_ok=True)
+    elif study.log.exists():
+        note(f"going on with the study in {folder} (--fresh starts anew)")
+    return study
+
+
+def versions_of(measurer: Measurer) -> dict[str, str]:
+    """What makes measured times incomparable when it changes."""
+    compiler = find_toolchain()
+    found = {"templates": templates_digest(), "compiler": f"{compiler.name} {compiler.version}"}
+    if isinstance(measurer, ReplayMeasurer):
+        return {**found, "recording": _digest(sorted(measurer.recording.versions.items()))}
+    import torch
+
+    return {**found, "torch": torch.__version__}
+
+
+def provenance(measurer: Measurer) -> dict[str, Any]:
+    """When and with what a table was made. A replay's is that of its recording, and says so."""
+    run: dict[str, Any] = {"date": datetime.now(timezone.utc).date().isoformat(), "marlin_gen": _version()}
+    if isinstance(measurer, ReplayMeasurer):
+        return {**run, "replay": True, **measurer.recording.versions}
+    return {**run, **versions_of(measurer)}
+
+
+def templates_digest() -> str:
+    """A digest of every template and header."""
+    folder = env.templates_dir()
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".jinja", ".cuh"))
+    return _digest([[str(path.relative_to(folder)), path.read_text()] for path in files])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("marlin_gen")
+    except metadata.PackageNotFoundError:
+        return "checkout"

@@ -1,0 +1,128 @@
+"""``tune``: find, compile and time kernels for a model's layers; write the table; say what it gained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from marlin_gen import env
+from marlin_gen.cli import arguments, gpus, speedups, study
+from marlin_gen.cli.console import note, out, print_json
+from marlin_gen.cli.progress import tune_progress
+from marlin_gen.config import Plan
+from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.measurement import Measurer
+from marlin_gen.problem import Problem
+from marlin_gen.record import pack
+from marlin_gen.replay import FILE_NAME as RECORDING
+from marlin_gen.replay import ReplayMeasurer
+from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
+from marlin_gen.search import tune as search
+from marlin_gen.table import DispatchTable, publish
+from marlin_gen.table_row import TableRow
+
+GPU_TRIALS, REPLAY_TRIALS = 600, 96  # a replay compiles for real, on machines that may have two cores
+
+
+def tune(
+    model: Annotated[str | None, typer.Option(help="Preset, or path to a Hugging Face config.json.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096; besides --model's.")] = None,
+    tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model, as 1,2,4.")] = "1",
+    tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
+    device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
+    trials: Annotated[int | None, typer.Option(help=f"Kernels to try; default {GPU_TRIALS}, a replay {REPLAY_TRIALS}.")] = None,
+    budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h.")] = "9m",
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write into; default: the user's.")] = None,
+    folder: Annotated[Path | None, typer.Option("--study", help="Where to keep the trials; default: the user's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
+    record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Compilers at once; default: the usable cores.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Search the fastest kernels for a model's layers and write a dispatch table."""
+    work = arguments.work(model, shapes, tp, tokens)
+    with gpus.measurer(device) as measurer:
+        replay = isinstance(measurer, ReplayMeasurer)
+        options = TuneOptions(
+            trials=trials if trials is not None else REPLAY_TRIALS if replay else GPU_TRIALS,
+            budget_s=arguments.seconds(budget), seed=seed,
+        )  # fmt: skip
+        problems = work.problems
+        versions = study.versions_of(measurer)
+        kept = study.open_study(measurer, problems, seed, versions, folder, fresh=not resume)
+        note(f"{measurer.gpu.name}{', replayed' if replay else ''}: {work}")
+        with tune_progress() as on_progress:
+            result = search(
+                problems, measurer, kept.log, study_path=kept.journal, options=options, versions=versions,
+                candidates=measurer.recording.configs() if isinstance(measurer, ReplayMeasurer) else None,
+                winners_elsewhere=() if replay else _known_winners(measurer, problems),
+                build=build_with_ninja(jobs), on_progress=on_progress,
+            )  # fmt: skip
+        table = None
+        if result.cells and not result.interrupted:
+            target = (to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+            table = _publish(result, measurer, target)
+            if record:
+                pack(kept.log, target / RECORDING)
+    if json:
+        _print_json(result, table)
+    else:
+        _print(result, table)
+    if result.interrupted:
+        note(f"interrupted; the {result.candidates} candidates measured are kept, the same command goes on from there")
+        raise typer.Exit(130)
+    if result.unsolved:
+        raise typer.Exit(1)
+
+
+def _known_winners(measurer: Measurer, problems: Sequence[Problem]) -> list[Plan]:
+    """What the tables of this GPU, or of related ones, would run: tried early."""
+    dispatcher = Dispatcher(measurer.gpu, find_tables())
+    found = (choice for problem in problems for choice in islice(dispatcher.choose(problem), 2))
+    return list(dict.fromkeys(choice.plan for choice in found if choice.origin != "default"))
+
+
+def rows_of(result: SearchResult) -> list[TableRow]:
+    """The table rows of a finished search."""
+    return [TableRow.of(cell.winner, cell.default, cell.baseline) for cell in result.cells]
+
+
+def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> DispatchTable:
+    artifacts = list(result.artifacts.values())
+    table = DispatchTable.build(result.gpu, rows_of(result), artifacts, study.provenance(measurer))
+    return publish(folder, table, artifacts)
+
+
+def _print(result: SearchResult, table: DispatchTable | None) -> None:
+    rows = rows_of(result)
+    if rows:
+        out.print(speedups.speedup_table(rows, result.gpu))
+        out.print(speedups.summary_table(rows, result.gpu))
+    for problem in result.unsolved:
+        out.print(f"[red]no kernel worked for {problem.n}x{problem.k} m={problem.m}[/]")
+    failed = ", ".join(f"{status} {count}" for status, count in sorted(result.failures.items()))
+    note(
+        f"{result.candidates} kernels tried, {result.pairs} timings in {result.seconds:.0f} s"
+        f"{f', failed: {failed}' if failed else ''}; the search ended: {result.stopped}"
+    )
+    if table:
+        note(f"table: {table.folder}")
+
+
+def _print_json(result: SearchResult, table: DispatchTable | None) -> None:
+    print_json({
+        "gpu": result.gpu.to_json(),
+        "table": str(table.folder) if table else None,
+        "rows": [speedups.as_json(row, result.gpu) for row in rows_of(result)],
+        "unsolved": [vars(problem) for problem in result.unsolved],
+        "candidates": result.candidates,
+        "timings": result.pairs,
+        "failures": dict(result.failures),
+        "seconds": round(result.seconds, 1),
+        "stopped": result.stopped,
+    })  # fmt: skip
