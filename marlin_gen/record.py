@@ -1,0 +1,249 @@
+"""The measurement log: everything a tune has learnt, appended line by line, so that ``kill -9`` loses nothing.
+
+JSON lines. The first is a header; each other line has a ``kind``: "measurement" (one plan on one problem), "final"
+(the same, re-timed against its rivals), "baseline", "artifact", "batch" (what was proposed) or "candidate" (a config
+that is done with). Unknown kinds are skipped, so a newer log can be read. A recording is a finished log, compressed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelConfig
+from marlin_gen.measurement import PROTOCOL, Artifact, Baseline, Measurement
+from marlin_gen.problem import Problem
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A config to try, and why: which source named it, for which problem (None: for all)."""
+
+    config: KernelConfig
+    source: str
+    problem: Problem | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        asked = {} if self.problem is None else _problem_json(self.problem)
+        return {"config": self.config.key, "source": self.source, **asked}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Proposal:
+        problem = _problem(row) if "n" in row else None
+        return cls(KernelConfig.from_key(row["config"]), row["source"], problem)
+
+
+def _problem_json(p: Problem) -> dict[str, Any]:
+    return {"n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype}
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    return Problem(row["n"], row["k"], row["m"], row["weight_format"], row["act_dtype"])
+
+
+@dataclass
+class Recording:
+    """The content of a log: the shape x plan matrix of times of one GPU, and how it came about."""
+
+    gpu: Gpu
+    versions: dict[str, str] = field(default_factory=dict)
+    protocol: str = PROTOCOL
+    measurements: list[Measurement] = field(default_factory=list)
+    finals: list[Measurement] = field(default_factory=list)
+    baselines: dict[Problem, Baseline] = field(default_factory=dict)
+    artifacts: dict[str, dict[str, int]] = field(default_factory=dict)  # spec key -> registers, spill_bytes, ...
+    batches: list[list[Proposal]] = field(default_factory=list)
+    done: dict[KernelConfig, str] = field(default_factory=dict)  # config -> status
+
+    def configs(self) -> list[KernelConfig]:
+        """Every config that was tried, in order of first trial."""
+        return list(dict.fromkeys(m.plan.config for m in self.measurements))
+
+    def problems(self) -> list[Problem]:
+        return sorted({m.problem for m in self.measurements})
+
+
+class MeasurementLog:
+    """The one open log of a running tune: append-only, one writer at a time, torn tail cut off on opening.
+
+    ``recording`` is what is in it at any time. Every write raises an OSError that names the file when it does not fit.
+    """
+
+    def __init__(self, path: Path, gpu: Gpu, versions: dict[str, str] | None = None) -> None:
+        """Open or continue ``path``. ValueError if it belongs to another GPU, protocol or writer."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _naming(path):
+            # Unbuffered: a line that did not fit on the disk must not be tried again on closing.
+            self._file: RawIOBase = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{path} is being written by another tune; wait for it to end, or name another log"
+                ) from None
+            cut_torn_tail(self._file)
+            self.recording = self._resume(gpu, versions or {})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _resume(self, gpu: Gpu, versions: dict[str, str]) -> Recording:
+        self._file.seek(0)
+        lines = self._file.read().splitlines()
+        if not lines:
+            self._append(
+                {"kind": "header", "schema": SCHEMA, "gpu": gpu.to_json(), "protocol": PROTOCOL, "versions": versions}
+            )
+            return Recording(gpu, versions)
+        found = _parse(lines, self.path)
+        if not gpu.same_class(found.gpu):
+            raise ValueError(
+                f"{self.path} was measured on {found.gpu.slug}, this is {gpu.slug}; name another log, or remove it"
+            )
+        for name, ours, theirs in (
+            ("protocol", PROTOCOL, found.protocol),
+            *((name, ours, found.versions.get(name)) for name, ours in versions.items() if name in found.versions),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{self.path} was measured with {name} {theirs!r}, this is {ours!r}: the times cannot be compared;"
+                    " remove the log to start afresh, or name another"
+                )
+        return found
+
+    def measurement(self, row: Measurement) -> None:
+        self._append({"kind": "measurement", **row.to_json()})
+        self.recording.measurements.append(row)
+
+    def final(self, row: Measurement) -> None:
+        self._append({"kind": "final", **row.to_json()})
+        self.recording.finals.append(row)
+
+    def baseline(self, row: Baseline) -> None:
+        times = {"read_floor_us": row.read_floor_us, "cublas_us": row.cublas_us}
+        self._append({"kind": "baseline", **_problem_json(row.problem), **times})
+        self.recording.baselines[row.problem] = row
+
+    def artifact(self, row: Artifact) -> None:
+        numbers = {name: getattr(row, name) for name in ("registers", "spill_bytes", "static_smem_bytes")}
+        self._append({"kind": "artifact", "spec": row.spec.key, **numbers})
+        self.recording.artifacts[row.spec.key] = numbers
+
+    def batch(self, proposals: Sequence[Proposal]) -> None:
+        """What the search decided to try next; a resumed tune takes up the same batch."""
+        self._append({"kind": "batch", "proposals": [p.to_json() for p in proposals]}, sync=True)
+        self.recording.batches.append(list(proposals))
+
+    def candidate(self, config: KernelConfig, status: str) -> None:
+        """This config is done with: all its measurements are above this line, and on the disk."""
+        self._append({"kind": "candidate", "config": config.key, "status": status}, sync=True)
+        self.recording.done[config] = status
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, row: dict[str, Any], *, sync: bool = False) -> None:
+        with _naming(self.path):
+            line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+            while line:  # a nearly full disk takes part of a line, and refuses the rest
+                line = line[self._file.write(line) or 0 :]
+            if sync:
+                os.fsync(self._file.fileno())
+
+
+def cut_torn_tail(file: RawIOBase) -> None:
+    """Drop what follows the last newline: a line that a kill or a full disk left half written."""
+    file.seek(0)
+    content = file.read()
+    if content and not content.endswith(b"\n"):
+        file.truncate(content.rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def load_recording(path: Path) -> Recording:
+    """Read a log or a packed recording; ValueError naming the file if it is neither."""
+    try:
+        raw = path.read_bytes()
+        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError) as error:
+        raise ValueError(f"cannot read the recording {path}: {error}") from error
+    return _parse(text.splitlines(), path)
+
+
+def pack(log: Path, recording: Path) -> None:
+    """Compress a log, byte for byte the same for equal logs; atomic."""
+    with open(log, "rb") as file:
+        content = file.read()
+    content = content[: content.rfind(b"\n") + 1]
+    _parse(content.splitlines(), log)
+    recording.parent.mkdir(parents=True, exist_ok=True)
+    temporary = recording.with_name(f".{recording.name}.{os.getpid()}")
+    with _naming(recording):
+        temporary.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
+        os.replace(temporary, recording)
+
+
+def _parse(lines: list[bytes], path: Path) -> Recording:
+    rows = _rows(lines, path)
+    head = next(rows, None)
+    if not head or head.get("kind") != "header" or head.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a measurement log of schema {SCHEMA}; remove it, or name another")
+    found = Recording(Gpu.from_json(head["gpu"]), head["versions"], head["protocol"])
+    for row in rows:
+        match row["kind"]:
+            case "measurement":
+                found.measurements.append(Measurement.from_json(row))
+            case "final":
+                found.finals.append(Measurement.from_json(row))
+            case "baseline":
+                problem = _problem(row)
+                found.baselines[problem] = Baseline(problem, row["read_floor_us"], row["cublas_us"])
+            case "artifact":
+                found.artifacts[row["spec"]] = {k: v for k, v in row.items() if k not in ("kind", "spec")}
+            case "batch":
+                found.batches.append([Proposal.from_json(p) for p in row["proposals"]])
+            case "candidate":
+                found.done[KernelConfig.from_key(row["config"])] = row["status"]
+    return found
+
+
+def _rows(lines: list[bytes], path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # torn by a kill: everything before it counts
+                return
+            raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line and run again") from error
+
+
+class _naming:
+    """Turns a full disk into an error that names the file and says that what was written is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"cannot write (disk or quota full: {os.strerror(error.errno)}); all earlier measurements are kept:"
+                " free some space and run the same command again",
+                str(self.path),
+            ) from error

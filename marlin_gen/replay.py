@@ -1,0 +1,73 @@
+"""A recording in place of a GPU: the same search, the same kernels, times from the log of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from marlin_gen import env
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.measurement import Artifact, Baseline, Job, Measurement
+from marlin_gen.problem import Problem
+from marlin_gen.record import Recording, load_recording
+
+FILE_NAME = "recording.jsonl.gz"
+
+
+class ReplayMeasurer:
+    """Implements ``Measurer``. A pair that was never recorded yields no measurement."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.gpu = recording.gpu
+        self._screen = {(m.plan, m.problem): m for m in recording.measurements}
+        self._finals = {(m.plan, m.problem): m for m in recording.finals}
+
+    def screen(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+        for job in jobs:
+            for plan in job.plans:
+                row = self._screen.get((plan, job.problem))
+                if row is not None:
+                    yield row
+
+    def finals(self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]) -> list[Measurement]:
+        """The re-timed value where there is one, else the first one."""
+        pairs = [(plan, problem) for _, plan in entries]
+        rows = [self._finals.get(pair) or self._screen.get(pair) for pair in pairs]
+        return [row for row in rows if row is not None]
+
+    def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
+        for problem in problems:
+            if problem not in self.recording.baselines:
+                known = sorted({(p.n, p.k) for p in self.recording.baselines})
+                raise ValueError(
+                    f"the recording has no n={problem.n} k={problem.k} m={problem.m}; it has the shapes"
+                    f" {', '.join(f'{n}x{k}' for n, k in known)}: ask for one of them, or tune on a GPU"
+                )
+            yield self.recording.baselines[problem]
+
+    def close(self) -> None:
+        return None
+
+
+def recorded_artifact(recording: Recording, spec: KernelSpec) -> Artifact:
+    """An artifact with the recorded numbers and no files: for a replay that skips compiling."""
+    numbers = recording.artifacts.get(spec.key, {"registers": 0, "spill_bytes": 0, "static_smem_bytes": 0})
+    return Artifact(spec, f"recorded_{spec.config.family}", Path(), **numbers)
+
+
+def shipped_recordings() -> dict[str, Path]:
+    """GPU slug -> file, for every recording that ships in ``tuned/``."""
+    return {path.parent.name: path for path in sorted(env.tuned_dir().glob(f"*/{FILE_NAME}"))}
+
+
+def find_recording(name: str) -> Recording:
+    """The recording that ``--device replay:NAME`` means: a slug, the start of one ("h100"), or a file."""
+    shipped = shipped_recordings()
+    matches = [path for slug, path in shipped.items() if slug == name or slug.startswith(f"{name}-")]
+    if Path(name).is_file():
+        matches = [Path(name)]
+    if len(matches) != 1:
+        known = ", ".join(shipped) or "none ship with this version"
+        raise ValueError(f"no single recording is called {name!r}; known: {known}; a path to a recording works too")
+    return load_recording(matches[0])

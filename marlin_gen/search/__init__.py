@@ -1,0 +1,105 @@
+"""Tune: find the best plan for every problem on one GPU, or on a recording of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.formats import weight_format
+from marlin_gen.measurement import Measurer
+from marlin_gen.problem import Problem
+from marlin_gen.record import MeasurementLog
+from marlin_gen.search.events import CellResult, Progress, SearchResult, TuneOptions
+from marlin_gen.search.finals import final_rounds, needed_artifacts, results
+from marlin_gen.search.pipeline import Build, CompileAhead, build_with_ninja
+from marlin_gen.search.study import Journal
+from marlin_gen.search.tuner import Tuner
+from marlin_gen.space import ConfigSpace, candidates_of
+
+__all__ = ["CellResult", "Progress", "SearchResult", "TuneOptions", "build_with_ninja", "tune"]
+
+
+def tune(
+    problems: Sequence[Problem],
+    measurer: Measurer,
+    log_path: Path,
+    *,
+    study_path: Path | None = None,
+    options: TuneOptions | None = None,
+    candidates: Sequence[KernelConfig] | None = None,
+    winners_elsewhere: Sequence[Plan] = (),
+    build: Build | None = None,
+    versions: Mapping[str, str] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> SearchResult:
+    """Search until ``options`` say stop, then time the finalists. Resumes whatever ``log_path`` holds.
+
+    ``study_path``: the Optuna journal to keep for watching. ``candidates``: search these only (default: the whole
+    legal space; a replay passes ``recording.configs()``). ``winners_elsewhere``: plans of a table of the same or a
+    related GPU, tried early. ``build``: how specs become artifacts (default: ninja on all cores). ``versions``: what
+    else makes old times incomparable, such as the templates' digest; a log made with others is refused.
+
+    Ctrl-C ends the search and returns what was found; the log is resumable, as after a kill. Raises ValueError for
+    problems that cannot be tuned together or a log of another GPU, OSError naming the file when the disk is full.
+    """
+    started = time.monotonic()
+    options = options or TuneOptions()
+    problems = check_problems(problems)
+    gpu, first = measurer.gpu, problems[0]
+    fmt = weight_format(first.weight_format)
+    space = candidates_of(candidates or ConfigSpace(gpu.arch, fmt, FAMILIES).enumerate())
+
+    def spec_of(config: KernelConfig) -> KernelSpec:
+        return KernelSpec(config, first.weight_format, first.act_dtype, gpu.arch.name)
+
+    log = MeasurementLog(log_path, gpu, dict(versions or {}))
+    ahead = CompileAhead(spec_of, build or build_with_ninja())
+    try:
+        journal = Journal(study_path, space) if study_path else None
+        seeds = {"default": _defaults(problems, gpu), "winner elsewhere": winners_elsewhere}
+        tuner = Tuner(problems, space, measurer, log, journal, ahead, seeds, options, on_progress, started)
+        rounds = {}
+        try:
+            stopped = tuner.search()
+            rounds = final_rounds(tuner)
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        cells = results(tuner, rounds)
+        solved = {cell.problem for cell in cells}
+        return SearchResult(
+            gpu=gpu,
+            cells=tuple(cells),
+            unsolved=tuple(problem for problem in problems if problem not in solved),
+            artifacts={artifact.spec: artifact for artifact in needed_artifacts(tuner, cells)},
+            failures=tuner.trials.failures(),
+            candidates=tuner.done,
+            pairs=len(log.recording.measurements),
+            seconds=time.monotonic() - started,
+            stopped=stopped,
+            fractions={c.problem: tuner.roofline_us(c.problem) / c.winner.us for c in cells if c.winner.us},
+        )
+    finally:
+        ahead.close()
+        log.close()
+
+
+def check_problems(problems: Sequence[Problem]) -> list[Problem]:
+    """Sorted, without repeats; ValueError unless they can share kernels and have something to time."""
+    unique = sorted(set(problems))
+    if not unique:
+        raise ValueError("no problems to tune; name at least one shape and one number of tokens")
+    if empty := [p for p in unique if p.m == 0]:
+        raise ValueError(f"m=0 (n={empty[0].n} k={empty[0].k}) has nothing to time; ask for m of 1 or more")
+    kinds = {(p.weight_format, p.act_dtype) for p in unique}
+    if len(kinds) > 1:
+        raise ValueError(f"problems of {len(kinds)} formats in one tune: {sorted(kinds)}; tune each by itself")
+    return unique
+
+
+def _defaults(problems: Sequence[Problem], gpu: Gpu) -> list[Plan]:
+    """Every family's default of every problem."""
+    return list(dict.fromkeys(f.default(p, gpu) for p in problems for f in FAMILIES.rows.values()))
