@@ -105,10 +105,14 @@ class _Index:
 
 
 class Dispatcher:
-    """The tables that concern one GPU, indexed. Immutable: build a new one after a tune."""
+    """The tables that concern one GPU, indexed. Immutable: build a new one after a tune.
+
+    Raises ValueError for a GPU that no kernel can run on.
+    """
 
     def __init__(self, gpu: Gpu, tables: Sequence[DispatchTable], forced: Plan | None = None) -> None:
         self.gpu = gpu
+        self.arch = gpu.arch  # raises here for a GPU that no kernel runs on
         self.forced = forced
         same = [table for table in tables if gpu.same_class(table.gpu)]
         related = [table for table in tables if table not in same and _related(gpu, table.gpu)]
@@ -121,7 +125,7 @@ class Dispatcher:
         for origin, plan in self._plans(problem):
             if plan not in seen and not _rejected(plan, problem):
                 seen.add(plan)
-                spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.gpu.arch.name)
+                spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.arch.name)
                 yield Choice(plan, spec, origin, self.locate(spec))
 
     def _plans(self, problem: Problem) -> Iterator[tuple[str, Plan]]:
@@ -137,7 +141,7 @@ class Dispatcher:
         defaults = [default_plan(problem, self.gpu)]
         defaults += [family.default(problem, self.gpu) for family in FAMILIES.rows.values()]
         for plan in defaults:
-            if FAMILIES.of(plan.config).reject_reason(plan.config, fmt, self.gpu.arch) is None:
+            if FAMILIES.of(plan.config).reject_reason(plan.config, fmt, self.arch) is None:
                 yield "default", plan
 
     def locate(self, spec: KernelSpec) -> KernelLocation | None:

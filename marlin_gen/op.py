@@ -94,6 +94,10 @@ def _cuda(
         a_2d = a.reshape(-1, k).contiguous()
         if a_2d.data_ptr() % ALIGNMENT:
             a_2d = a_2d.clone()
+        if weight.data_ptr() % ALIGNMENT or scales.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"weight and scales must be {ALIGNMENT}-byte aligned; clone the tensors once after loading"
+            )
         Server.of(a.device).gemm(a_2d, weight, scales, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
     return out
 

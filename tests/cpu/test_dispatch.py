@@ -1,0 +1,214 @@
+"""The look-up rule: exact shape, nearest shape, default; related GPUs below; damage moves on to the next candidate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import tables
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tables import A100, H100, H200, mma, row, wgmma
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.dispatch import MAX_DISTANCE, Dispatcher, choose, distance, find_tables, wave_fill
+from marlin_gen.families import FAMILIES
+from marlin_gen.problem import Problem
+from marlin_gen.table import DispatchTable, TableWarning
+
+M1, M16, M64 = mma(32), wgmma(16), wgmma(64)
+
+
+def bare(rows, gpu=H100) -> DispatchTable:
+    """A table without cubins."""
+    return DispatchTable(gpu, tuple(sorted(rows, key=lambda r: r.problem)), {})
+
+
+def plans(problem: Problem, *found: DispatchTable, gpu: Gpu = H100) -> list[tuple[str, Plan]]:
+    return [(choice.origin, choice.plan) for choice in Dispatcher(gpu, found).choose(problem)]
+
+
+ONE_SHAPE = bare([row(4096, 4096, 1, M1), row(4096, 4096, 16, M16), row(4096, 4096, 64, M64)])
+
+
+@pytest.mark.parametrize(
+    ("m", "expected"),
+    [(1, M1), (2, M16), (15, M16), (16, M16), (17, M64), (63, M64), (64, M64), (65, M64), (100_000, M64)],
+)
+def test_exact_shape_takes_the_next_row_up_else_the_largest(m, expected):
+    origin, plan = plans(Problem(4096, 4096, m), ONE_SHAPE)[0]
+    assert (origin, plan) == ("exact", expected)
+
+
+def test_candidates_go_on_upwards_then_downwards_then_to_defaults():
+    found = plans(Problem(4096, 4096, 2), ONE_SHAPE)
+    assert found[:3] == [("exact", M16), ("exact", M64), ("exact", M1)]
+    assert {origin for origin, _ in found[3:]} == {"default"}
+    assert len({plan for _, plan in found}) == len(found), "no plan twice"
+
+
+def test_a_rejected_plan_is_skipped():
+    wide = wgmma(64, block_k=256)
+    problem = Problem(4096, 4096 + 128, 8)
+    assert FAMILIES.of(wide.config).reject_problem(wide.config, problem)
+    table = bare([row(4096, 4096 + 128, 8, wide), row(4096, 4096 + 128, 16, M16)])
+    assert plans(problem, table)[0] == ("exact", M16)
+    assert wide not in [plan for _, plan in plans(problem, table)]
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 100, 1000, 5000])
+@pytest.mark.parametrize("gpu", [H100, H200, A100, replace(A100, capability=(8, 6)), replace(A100, capability=(8, 9))])
+def test_without_a_table_a_legal_default_serves(gpu, m):
+    found = plans(Problem(6144, 4096, m), gpu=gpu)
+    assert found and {origin for origin, _ in found} == {"default"}
+    for _, plan in found:
+        family = FAMILIES.of(plan.config)
+        spec = KernelSpec(plan.config, "u4b8g128", "f16", gpu.arch.name)
+        assert family.reject_reason(plan.config, spec.format_row, gpu.arch) is None
+        assert family.reject_problem(plan.config, Problem(6144, 4096, m)) is None
+
+
+def test_nearest_shape():
+    near, far = mma(32, 16), mma(64, 16)
+    table = bare([row(8192, 4096, 8, far), row(4096, 4096, 8, near)])
+    found = plans(Problem(4096, 5120, 8), table)
+    assert found[:2] == [("nearest", near), ("nearest", far)]
+
+
+def test_nearest_shape_prefers_a_plan_that_keeps_the_waves_full():
+    """48-row blocks fill 6144 rows exactly and would leave a third of the SMs idle on 4096; 32-row blocks fit."""
+    forty_eight, thirty_two = mma(48), mma(32)
+    table = bare([row(6144, 4096, 1, forty_eight), row(8192, 4096, 1, thirty_two)])
+    found = plans(Problem(4096, 4096, 1), table)
+    assert found[0] == ("nearest", thirty_two), "although 6144 is nearer to 4096 than 8192 is"
+
+
+def test_distance_is_zero_to_itself_and_counts_octaves():
+    here = row(4096, 4096, 8, mma(32))
+    assert distance(Problem(4096, 4096, 8), here, 132) == 0
+    striped = Plan(KernelConfig("wgmma", 64, 64, 128, 4, 1, 4, 1, 1, "striped", "exact"))
+    assert distance(Problem(8192, 2048, 8), row(4096, 4096, 8, striped), 132) == pytest.approx(2)
+
+
+def test_shapes_too_far_away_are_not_considered():
+    octaves = int(MAX_DISTANCE) + 1
+    table = bare([row(64 << octaves, 4096, 8, mma(16))])
+    assert {origin for origin, _ in plans(Problem(64, 4096, 8), table)} == {"default"}
+
+
+def test_other_formats_do_not_match():
+    other = replace(ONE_SHAPE.rows[0], problem=Problem(4096, 4096, 1))
+    object.__setattr__(other.problem, "weight_format", "u8")  # a format this version lacks cannot be built honestly
+    assert {origin for origin, _ in plans(Problem(4096, 4096, 1), bare([other]))} == {"default"}
+
+
+def test_a_related_gpu_ranks_below_with_a_mark():
+    related = bare([row(4096, 4096, 8, M1), row(8192, 8192, 8, M64)], H200)
+    own = bare([row(6144, 4096, 8, M16)])
+    found = plans(Problem(4096, 4096, 8), related, own)
+    assert found[0] == ("related exact", M1), "an exact shape of a sibling comes before another shape"
+    assert found[1] == ("nearest", M16)
+    assert found[2] == ("related nearest", M64)
+    own_exact = bare([row(4096, 4096, 8, M16)])
+    assert plans(Problem(4096, 4096, 8), related, own_exact)[0] == ("exact", M16)
+
+
+def test_a_table_of_another_architecture_is_ignored():
+    assert {origin for origin, _ in plans(Problem(4096, 4096, 8), bare([row(4096, 4096, 8, M1)], A100))} == {"default"}
+
+
+def test_boards_of_one_bandwidth_class_share_a_table():
+    assert plans(Problem(4096, 4096, 1), ONE_SHAPE, gpu=replace(H100, bandwidth_gbs=3500))[0] == ("exact", M1)
+
+
+def test_an_earlier_table_hides_rows_but_not_shapes():
+    mine = bare([row(4096, 4096, 16, wgmma(32))])
+    dispatcher = Dispatcher(H100, [mine, ONE_SHAPE])
+    assert next(dispatcher.choose(Problem(4096, 4096, 16))).plan == wgmma(32)
+    assert next(dispatcher.choose(Problem(4096, 4096, 64))).plan == M64, "tuning m = 16 must not cost m = 64"
+
+
+def test_forced_plan_comes_first(monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_CONFIG", M64.key)
+    choices = list(choose(Problem(4096, 4096, 1), H100, [ONE_SHAPE]))
+    assert [(c.origin, c.plan) for c in choices[:2]] == [("forced", M64), ("exact", M1)]
+    monkeypatch.setenv("MARLIN_GEN_CONFIG", "fast")
+    with pytest.raises(ValueError, match="not a plan key: 'fast'; example: "):
+        next(choose(Problem(4096, 4096, 1), H100, []))
+
+
+def test_a_gpu_too_old_is_refused():
+    with pytest.raises(ValueError, match=r"capability 7.5 is too old: marlin_gen needs a GPU of 8.0 or newer"):
+        Dispatcher(replace(A100, capability=(7, 5)), [])
+
+
+def test_choices_name_intact_cubins_and_pass_over_damaged_ones(tmp_path):
+    table = tables.table(tmp_path, [row(4096, 4096, 1, M1), row(4096, 4096, 16, M16)])
+    first, second = list(Dispatcher(H100, [table]).choose(Problem(4096, 4096, 1)))[:2]
+    assert first.kernel.cubin.read_bytes() == first.spec.key.encode()
+    assert first.kernel.symbol == "symbol_of_mma" and second.kernel.symbol == "symbol_of_wgmma"
+    first.kernel.cubin.write_bytes(b"damaged")
+    again = DispatchTable.load(table.folder)
+    with pytest.warns(TableWarning, match="sha256 differs"):
+        first, second = list(Dispatcher(H100, [again]).choose(Problem(4096, 4096, 1)))[:2]
+    assert first.plan == M1 and first.kernel is None
+    assert second.kernel is not None
+
+
+def test_a_second_tables_cubin_replaces_a_damaged_one(tmp_path):
+    mine = tables.table(tmp_path / "user", [row(4096, 4096, 1, M1)])
+    shipped = tables.table(tmp_path / "shipped", [row(4096, 4096, 1, M1)])
+    next(iter((mine.folder / "kernels").iterdir())).unlink()
+    with pytest.warns(TableWarning, match="cannot be read"):
+        first = next(Dispatcher(H100, [mine, shipped]).choose(Problem(4096, 4096, 1)))
+    assert first.kernel.cubin.is_relative_to(shipped.folder)
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch):
+    """Empty user and packaged roots, no override."""
+    from marlin_gen import env
+
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(env, "tuned_dir", lambda: shipped)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("MARLIN_GEN_TABLE", raising=False)
+    return tmp_path / "data" / "marlin_gen" / "tuned", shipped
+
+
+def test_find_tables_in_order(roots, tmp_path, monkeypatch):
+    assert find_tables() == []
+    user, shipped = roots
+    tables.table(shipped, [row(64, 128, 1, M1)])
+    tables.table(user, [row(128, 128, 1, M1)])
+    assert [found.rows[0].problem.n for found in find_tables()] == [128, 64]
+    mine = tables.table(tmp_path / "mine", [row(192, 128, 1, M1)])
+    for folder in (mine.folder, mine.folder.parent):
+        monkeypatch.setenv("MARLIN_GEN_TABLE", str(folder))
+        assert [found.rows[0].problem.n for found in find_tables()] == [192, 64], "the user's tables are left out"
+
+
+def test_find_tables_names_a_wrong_override(roots, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"MARLIN_GEN_TABLE=.*nowhere holds no table.json"):
+        find_tables()
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 512), m=st.integers(1, 8192), plan=st.sampled_from([mma(32), mma(48), M16, wgmma(256)]))
+def test_wave_fill_is_a_fraction(n, m, plan):
+    assert 0 < wave_fill(plan, Problem(64 * n, 4096, m), 132) <= 1
+
+
+def test_first_candidate_is_found_quickly():
+    """A look-up that nobody has asked before; the op remembers the answer."""
+    rows = [row(64 * n, 64 * 2 * k, 1 << m, M16) for n in range(1, 9) for k in range(1, 9) for m in range(13)]
+    dispatcher = Dispatcher(H100, [bare(rows)])
+    problems = [Problem(256, 512, m) for m in range(1, 1001)]
+    start = time.perf_counter()
+    for problem in problems:
+        next(dispatcher.choose(problem))
+    assert (time.perf_counter() - start) / len(problems) < 500e-6, "25 us on a laptop core"

@@ -1,0 +1,123 @@
+"""QuantLinear: numbers, checkpoints, and the layout version they carry."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import marlin_gen
+from marlin_gen import QuantLinear
+
+
+def linear(k: int = 256, n: int = 128, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(k, n, bias=bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(256,), (5, 256), (2, 3, 256), (0, 256)])
+def test_forward(bias, shape):
+    source = linear(bias=bias)
+    layer = QuantLinear.from_float(source)
+    x = torch.randn(*shape).half()
+    packed = marlin_gen.pack(*marlin_gen.quantize(source.weight.detach()))
+    expected = marlin_gen.gemm(x, packed)
+    if bias:
+        expected = expected + source.bias.half()
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (*shape[:-1], 128)
+
+
+def test_close_to_the_float_layer():
+    source = linear(bias=True)
+    x = torch.randn(64, 256)
+    exact = source(x)
+    assert (QuantLinear.from_float(source)(x.half()).float() - exact).norm() / exact.norm() < 0.12
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dict_round_trip(bias, tmp_path):
+    layer = QuantLinear.from_float(linear(bias=bias))
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = QuantLinear(256, 128, bias=bias)
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    x = torch.randn(3, 256).half()
+    assert torch.equal(other(x), layer(x))
+    assert all(isinstance(value, torch.Tensor) for value in layer.state_dict().values()), (
+        "safetensors holds tensors only"
+    )
+
+
+def test_a_checkpoint_of_another_layout_is_refused_and_nothing_is_loaded():
+    layer = nn.Sequential(QuantLinear(256, 128))
+    state = nn.Sequential(QuantLinear.from_float(linear())).state_dict()
+    state["0.layout_version"] = torch.tensor(7, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"0.weight: layout_version=7 is not 1; pack the original weight again"):
+        layer.load_state_dict(state)
+    assert not layer[0].weight.any()
+
+
+def test_a_checkpoint_without_a_version_is_refused():
+    state = QuantLinear.from_float(linear()).state_dict()
+    del state["layout_version"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"layout_version"'):
+        QuantLinear(256, 128).load_state_dict(state)
+
+
+def test_loading_onto_meta_with_assign():
+    state = QuantLinear.from_float(linear()).state_dict()
+    layer = QuantLinear(256, 128, device="meta")
+    layer.load_state_dict(state, assign=True)
+    x = torch.randn(3, 256).half()
+    assert torch.equal(layer(x), QuantLinear.from_float(linear())(x))
+
+
+def test_from_packed_shares_memory_and_checks():
+    packed = marlin_gen.pack(*marlin_gen.quantize(linear().weight.detach()))
+    layer = QuantLinear.from_packed(packed)
+    assert layer.weight.data_ptr() == packed.weight.data_ptr()
+    assert (layer.in_features, layer.out_features) == (256, 128)
+    with pytest.raises(ValueError, match=r"bias has shape \[64\]; out_features=128"):
+        QuantLinear.from_packed(packed, torch.zeros(64))
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "message"),
+    [(256, 100, r"n=100 .* n=128"), (100, 128, r"k=100 .* k=128"), (192, 128, "group_size=128 does not divide k=192")],
+)
+def test_sizes_the_layout_cannot_hold(k, n, message):
+    with pytest.raises(ValueError, match=message):
+        QuantLinear(k, n)
+    with pytest.raises(ValueError, match=message):
+        QuantLinear.from_float(linear(k, n))
+
+
+def test_unknown_format():
+    with pytest.raises(ValueError, match="unknown weight format 'u3'"):
+        QuantLinear(256, 128, weight_format="u3")
+
+
+def test_repr_and_copy():
+    layer = QuantLinear.from_float(linear(bias=True))
+    assert repr(layer) == "QuantLinear(in_features=256, out_features=128, bias=True, weight_format=u4b8g128)"
+    x = torch.randn(3, 256).half()
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_compile_fullgraph():
+    model = nn.Sequential(
+        QuantLinear.from_float(linear()), nn.SiLU(), QuantLinear.from_float(linear(128, 64, bias=True))
+    )
+    x = torch.randn(3, 256).half()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+def test_gradient_reaches_the_input():
+    layer = QuantLinear.from_float(linear(bias=True))
+    x = torch.randn(3, 256).half().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
