@@ -1,0 +1,219 @@
+"""The op on a GPU: numbers for any m, and one result whether eager, compiled, captured, or on another stream."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+import marlin_gen
+from marlin_gen.layout import PackedWeight
+from marlin_gen.measurement import ERROR_LIMIT
+from marlin_gen.problem import Problem
+from marlin_gen.reference import dequantize, gemm_reference
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(4096, 4096), (6144, 4096), (64, 128), (192, 384), (4096, 14336)]
+TOKENS = [1, 7, 17, 100, 1000]
+
+
+def weight(n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, PackedWeight]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda", generator=generator)
+    scales = (torch.rand(n, k // 128, device="cuda", generator=generator) * 0.02 + 0.005).half()
+    return codes, scales, marlin_gen.pack(codes, scales)
+
+
+def activations(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").half()
+
+
+def poison(shape: torch.Size) -> None:
+    """Leave NaN where the caching allocator is about to put the output."""
+    torch.full(shape, float("nan"), dtype=torch.float16, device="cuda")
+
+
+def checked(a: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """The op's result; any fallback to a slower way, which warns, fails the test."""
+    poison(torch.Size((*a.shape[:-1], packed.n)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return marlin_gen.gemm(a, packed)
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_against_the_fp32_reference(n, k, m):
+    from marlin_gen.serve import Server
+
+    codes, scales, packed = weight(n, k, seed=m)
+    a = activations(m, k)
+    c = checked(a, packed)
+    reference = gemm_reference(a, codes, scales)
+    error = ((c.float() - reference).norm() / reference.norm()).item()
+    assert error < ERROR_LIMIT
+    choice = Server.of(a.device).choice(Problem(n, k, m))
+    assert choice is not None, "a kernel ran, not the dense fallback"
+    assert torch.equal(checked(a, packed), c), f"{choice.key} does not repeat bit for bit"
+
+
+@pytest.mark.parametrize("shape", [(0, 4096), (2, 0, 4096)])
+def test_no_tokens(shape):
+    _, _, packed = weight(4096, 4096)
+    c = marlin_gen.gemm(activations(*shape), packed)
+    assert c.shape == (*shape[:-1], 4096) and c.device.type == "cuda"
+
+
+def test_identity_decodes_the_weight_bit_for_bit():
+    codes, scales, packed = weight(512, 1024)
+    c = checked(torch.eye(1024, device="cuda").half(), packed)
+    assert torch.equal(c.T, dequantize(codes, scales))
+
+
+def test_pack_on_the_gpu_is_pack_on_the_cpu():
+    codes, scales, packed = weight(192, 384)
+    other = marlin_gen.pack(codes.cpu(), scales.cpu()).to("cuda")
+    assert torch.equal(packed.weight, other.weight) and torch.equal(packed.scales, other.scales)
+
+
+def test_leading_dimensions_strides_and_alignment():
+    _, _, packed = weight(4096, 4096)
+    a = activations(6, 4096)
+    expected = checked(a, packed)
+    assert torch.equal(checked(a.view(2, 3, 4096), packed), expected.view(2, 3, 4096))
+    assert torch.equal(checked(a.T.contiguous().T, packed), expected)
+    assert torch.equal(checked(activations_at_offset(a), packed), expected)
+    assert torch.equal(checked(a[0], packed), checked(a[:1], packed)[0])
+
+
+def activations_at_offset(a: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is not 16-byte aligned."""
+    store = torch.empty(a.numel() + 1, dtype=a.dtype, device=a.device)[1:].view_as(a)
+    assert store.data_ptr() % 16
+    return store.copy_(a)
+
+
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_opcheck(m):
+    _, _, packed = weight(256, 512)
+    operands = (activations(m, 512).requires_grad_(), packed.weight, packed.scales)
+    torch.library.opcheck(torch.ops.marlin_gen.gemm.default, operands)
+
+
+@pytest.mark.parametrize("m", [1, 8, 64, 512])
+def test_compiled_fullgraph_gives_the_eager_result_bit_for_bit(m):
+    layer = marlin_gen.QuantLinear.from_packed(weight(4096, 4096)[2])
+    a = activations(m, 4096)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(a), layer(a))
+
+
+@pytest.mark.parametrize("m", [1, 8, 64, 512])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14336)])
+def test_captured_graph_gives_the_eager_result_bit_for_bit(n, k, m):
+    _, _, packed = weight(n, k)
+    a = activations(m, k)
+    expected = checked(a, packed)  # also loads the kernel, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        c = marlin_gen.gemm(a, packed)
+    for _ in range(3):
+        c.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(c, expected)
+    fresh = activations(m, k)
+    a.copy_(fresh)
+    graph.replay()
+    assert torch.equal(c, checked(fresh, packed)), "a graph reads its inputs anew"
+
+
+def test_streams_at_once_do_not_disturb_each_other():
+    _, _, packed = weight(4096, 14336)
+    inputs = [activations(64, 14336) for _ in range(4)]
+    expected = [checked(a, packed) for a in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    results: list[list[torch.Tensor]] = [[] for _ in inputs]
+    for _ in range(20):
+        for stream, a, found in zip(streams, inputs, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(marlin_gen.gemm(a, packed))
+    torch.cuda.synchronize()
+    for found, right in zip(results, expected, strict=True):
+        assert all(torch.equal(c, right) for c in found)
+
+
+def test_gradient():
+    codes, scales, packed = weight(256, 512)
+    a = activations(8, 512).requires_grad_()
+    grad = activations(8, 256)
+    marlin_gen.gemm(a, packed).backward(grad)
+    expected = grad.float() @ dequantize(codes, scales).float()
+    assert (a.grad.float() - expected).norm() / expected.norm() < 1e-3
+
+
+def test_operands_on_two_devices():
+    _, _, packed = weight(64, 128)
+    with pytest.raises(ValueError, match=r"a is on cpu, weight on cuda:0.*packed.to\(a.device\)"):
+        torch.ops.marlin_gen.gemm(torch.zeros(1, 128).half(), packed.weight, packed.scales)
+
+
+def test_misaligned_weight():
+    _, _, packed = weight(64, 128)
+    shifted = torch.empty(packed.weight.numel() + 1, dtype=torch.int32, device="cuda")[1:].view_as(packed.weight)
+    with pytest.raises(ValueError, match="must be 16-byte aligned; clone"):
+        marlin_gen.gemm(activations(1, 128), replace(packed, weight=shifted.copy_(packed.weight)))
+
+
+class FreshServer:
+    """A server with its own tables, so that what a test breaks stays its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from marlin_gen import serve
+
+        monkeypatch.setattr(serve, "_server", serve._server.__wrapped__)
+        made = serve._server(torch.cuda.current_device())
+        monkeypatch.setattr(serve, "_server", lambda device_index: made)
+        self.server = made
+
+
+def test_without_a_kernel_the_answer_is_still_right_with_one_warning(monkeypatch, tmp_path):
+    from marlin_gen.serve import ServeWarning
+
+    server = FreshServer(monkeypatch).server
+    server.dispatcher.tables.clear()
+    server._can_compile = False
+    codes, scales, packed = weight(256, 512)
+    a = activations(8, 512)
+    with pytest.warns(ServeWarning, match=r"no kernel for n=256, k=512, m=8 on .*marlin-gen tune") as caught:
+        first = marlin_gen.gemm(a, packed)
+        assert torch.equal(marlin_gen.gemm(a, packed), first)
+    assert len(caught) == 1
+    reference = gemm_reference(a, codes, scales)
+    assert (first.float() - reference).norm() / reference.norm() < ERROR_LIMIT
+
+
+def test_a_cubin_that_does_not_load_is_passed_over_with_one_warning(monkeypatch, tmp_path):
+    """A cubin that has the hash its table names, and yet is none."""
+    from marlin_gen.dispatch import Choice, KernelLocation
+    from marlin_gen.serve import ServeWarning
+
+    server = FreshServer(monkeypatch).server
+    problem = Problem(256, 512, 8)
+    good = next(choice for choice in server.dispatcher.choose(problem))
+    (tmp_path / "broken.cubin").write_bytes(b"\x7fELF but no more")
+    other = replace(good.plan.config, num_stages=good.plan.config.num_stages + 1)
+    broken = Choice(
+        replace(good.plan, config=other),
+        replace(good.spec, config=other),
+        "exact",
+        KernelLocation(tmp_path / "broken.cubin", "kernel"),
+    )
+    monkeypatch.setattr(server.dispatcher, "choose", lambda asked: iter([broken, good]))
+    _, _, packed = weight(256, 512)
+    with pytest.warns(ServeWarning, match=r"broken.cubin does not load .* using the next candidate"):
+        marlin_gen.gemm(activations(8, 512), packed)
+    assert server.choice(problem) == good
