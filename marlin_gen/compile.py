@@ -194,7 +194,7 @@ def _collect(folder: Path, source: KernelSource, toolchain: Toolchain) -> Result
         return CompileFailure(source.spec, str(error), text)
     identity = identity_of(source, toolchain)
     artifact = Artifact(source.spec, source.symbol, folder, **vars(report))
-    kernel_cache.write_description(folder, artifact, identity)
+    kernel_cache.write_description(folder, artifact, identity, f"{toolchain.name} {toolchain.version}")
     return kernel_cache.install(folder, source.spec, identity)
 
 

@@ -34,7 +34,7 @@ VARIABLES = {
         Variable("MARLIN_GEN_TABLE", "folder", "none", "a dispatch table's folder, used instead of the shipped ones"),
         Variable("MARLIN_GEN_CONFIG", "plan key", "none", "force this plan for every problem, past the table"),
         Variable("MARLIN_GEN_OVERRIDE_DIR", "folder", "none", "a hand-edited <spec>.cu here wins over the template"),
-        Variable("MARLIN_GEN_DUMP_DIR", "folder", "none", "copy every compiled kernel here: source, cubin, SASS, log"),
+        Variable("MARLIN_GEN_DUMP_DIR", "folder", "none", "copy every compiled kernel here, with source and report"),
         Variable("MARLIN_GEN_LINEINFO", "0|1", "0", "compile with line numbers, for profilers"),
         Variable("MARLIN_GEN_LOG", "|".join(LOG_LEVELS), "warning", "how much the library logs"),
     )

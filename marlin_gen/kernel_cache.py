@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from marlin_gen.measurement import Artifact
 log = logging.getLogger("marlin_gen")
 
 FILES = ("kernel.cu", "kernel.cubin", "ptxas.log", "command.txt", "spec.json")
+ABANDONED_SECONDS = 24 * 3600  # no batch compiles for a day
 
 
 def entry_path(spec: KernelSpec, identity: str) -> Path:
@@ -31,12 +33,13 @@ def entry_path(spec: KernelSpec, identity: str) -> Path:
     return env.cache_dir() / "kernels" / f"{spec.key}-{identity[:12]}"
 
 
-def write_description(folder: Path, artifact: Artifact, identity: str) -> None:
+def write_description(folder: Path, artifact: Artifact, identity: str, compiler: str) -> None:
     """Write spec.json, the last file of an entry: what was compiled, what came out, and the cubin's hash."""
     description = {
         "spec": artifact.spec.key,
         "symbol": artifact.symbol,
         "identity": identity,
+        "compiler": compiler,
         "registers": artifact.registers,
         "spill_bytes": artifact.spill_bytes,
         "static_smem_bytes": artifact.static_smem_bytes,
@@ -95,6 +98,10 @@ def private_directory() -> Iterator[Path]:
     """A fresh directory on the cache's file system, gone afterwards whatever happens."""
     parent = env.cache_dir() / "tmp"
     parent.mkdir(parents=True, exist_ok=True)
+    for left_over in parent.iterdir():  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left_over.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left_over, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
         yield folder

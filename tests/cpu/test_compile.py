@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,15 @@ def test_two_processes_compile_at_once(tmp_cache: Path) -> None:
     assert [process.returncode for process in running] == [0, 0], errors
     assert len(entries(tmp_cache)) == 6
     assert not list((tmp_cache / "tmp").iterdir())
+
+
+def test_what_a_killed_process_left_is_swept(tmp_cache: Path) -> None:
+    for name, age in (("old", kernel_cache.ABANDONED_SECONDS + 60), ("running", 60)):
+        folder = tmp_cache / "tmp" / name
+        folder.mkdir(parents=True)
+        os.utime(folder, times=(time.time() - age,) * 2)
+    compile_all([small(0)])
+    assert [path.name for path in (tmp_cache / "tmp").iterdir()] == ["running"]
 
 
 def test_an_unusable_cache_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ constexpr int kWarps = Config::kThreads / 32;
 constexpr int kRowBlocks = Config::kBlockN / (16 * Config::kWarpsN);  // 16-row blocks of one warp in one pass
 constexpr int kTokenBlocks = Config::kBlockM / 8;
 constexpr int kSlices = Config::kBlockK / kSliceK;
+constexpr int kUnrolledSlices = (kRowBlocks + 2) * kTokenBlocks <= 16 ? kSlices : 1;  // slices that overlap take registers
 constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale groups that one stage touches
 constexpr bool kStagesFillK = Config::kGroupSize % Config::kBlockK == 0;  // else the last stage may reach past k
 constexpr bool kDeferred = Config::kDequant == Dequant::kDeferred;
@@ -292,7 +293,7 @@ __device__ __forceinline__ void multiply_zero(float (&zero)[kTokenBlocks][4], Ac
 }
 
 __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int lane) {
-#pragma unroll
+#pragma unroll kUnrolledSlices
   for (int slice = 0; slice < kSlices; ++slice) {
     u32 const weight = stage + slice * kRowBlocks * kRowBlockBytes + lane * 16;
     u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * 4;

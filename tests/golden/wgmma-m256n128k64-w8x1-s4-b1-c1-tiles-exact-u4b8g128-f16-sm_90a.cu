@@ -225,14 +225,14 @@ struct Consumer {
   }
 
   template <int kBuffer>
-  __device__ __forceinline__ void multiply(int stage, int chunk, bool starts_tile) {
+  __device__ __forceinline__ void multiply(int stage, int chunk) {
     u64 const b = ptx::wgmma_descriptor(smem + stage * kStageBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kChunkSlabs * 4; ++i) {
       int const slab = chunk * kChunkSlabs + i / 4;
       u64 const offset = (slab * kSlabBytes + i % 4 * 32) / 16;
-      ptx::WgmmaM64K16<Config::kBlockM>::mma(sums, fragments[kBuffer][i], b + offset, starts_tile && i == 0 ? 0 : 1);
+      ptx::WgmmaM64K16<Config::kBlockM>::mma(sums, fragments[kBuffer][i], b + offset);
     }
     ptx::wgmma_commit_group();
   }
@@ -243,8 +243,8 @@ struct Consumer {
 
   // Multiplies chunk kChunk of stage `at` while it decodes the chunk after it into the other buffer.
   template <int kBuffer, int kChunk>
-  __device__ __forceinline__ void step(RingPosition at, int& last_stage, bool starts_tile, bool has_next) {
-    multiply<kBuffer>(at.stage, kChunk, starts_tile);
+  __device__ __forceinline__ void step(RingPosition at, int& last_stage, bool has_next) {
+    multiply<kBuffer>(at.stage, kChunk);
     RingPosition next = at;
     if constexpr (kChunk + 1 == kChunks) {
       next.advance<kSplits>();
@@ -259,9 +259,9 @@ struct Consumer {
   }
 
   template <int kFirstBuffer, int kChunk = 0>
-  __device__ __forceinline__ void stage_steps(RingPosition at, int& last_stage, bool starts_tile, bool has_next) {
-    step<(kFirstBuffer + kChunk) % 2, kChunk>(at, last_stage, starts_tile && kChunk == 0, has_next);
-    if constexpr (kChunk + 1 < kChunks) stage_steps<kFirstBuffer, kChunk + 1>(at, last_stage, starts_tile, has_next);
+  __device__ __forceinline__ void stage_steps(RingPosition at, int& last_stage, bool has_next) {
+    step<(kFirstBuffer + kChunk) % 2, kChunk>(at, last_stage, has_next);
+    if constexpr (kChunk + 1 < kChunks) stage_steps<kFirstBuffer, kChunk + 1>(at, last_stage, has_next);
   }
 
   // sums = this warpgroup's share of `count` k blocks: stages split, split + kSplits, ...
@@ -269,20 +269,18 @@ struct Consumer {
     int const mine = count > split ? (count - split + kSplits - 1) / kSplits : 0;
     RingPosition at(loaded + split);
     loaded += count;
-    if (kSplits > 1 && mine == 0) {
 #pragma unroll
-      for (int i = 0; i < kQuads * 4; ++i) sums[i] = 0.f;
-      return;
-    }
+    for (int i = 0; i < kQuads * 4; ++i) sums[i] = 0.f;
+    if (kSplits > 1 && mine == 0) return;
     int last_stage = -1;
     ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
     decode<0>(at.stage, 0);
     for (int i = 0;;) {
-      stage_steps<0>(at, last_stage, i == 0, i + 1 < mine);
+      stage_steps<0>(at, last_stage, i + 1 < mine);
       at.advance<kSplits>();
       if (++i == mine) break;
       if constexpr (kChunks % 2 == 1) {  // an odd number of chunks leaves the next one in the other buffer
-        stage_steps<1>(at, last_stage, false, i + 1 < mine);
+        stage_steps<1>(at, last_stage, i + 1 < mine);
         at.advance<kSplits>();
         if (++i == mine) break;
       }
