@@ -80,13 +80,9 @@ class Server:
         while True:
             step = self._steps.get(key) or self._decide(key)
             if step.choice is None or step.kernel is None:
-                codes, row_scales = unpack(PackedWeight(weight, scales, step.problem.weight_format))
-                dense = dequantize(codes, row_scales, step.problem.weight_format, a.dtype)
-                torch.matmul(a, dense.T, out=out)
-                return
+                return dequantized_matmul(a, PackedWeight(weight, scales, step.problem.weight_format), out)
             try:
-                self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
-                return
+                return self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
             except LaunchError as error:
                 _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
                 self._failed.add((key, step.choice.plan))
@@ -168,6 +164,12 @@ class Server:
 def _server(device_index: int) -> Server:
     launcher = Launcher.for_device(device_index)
     return Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
+
+
+def dequantized_matmul(a: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
+    """The last resort: ``out = a @ B^T`` with the whole weight decoded first."""
+    codes, scales = unpack(packed)
+    torch.matmul(a, dequantize(codes, scales, packed.weight_format, a.dtype).T, out=out)
 
 
 def _warn(message: str) -> None:
