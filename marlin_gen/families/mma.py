@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
@@ -16,6 +15,7 @@ SLICE_K = 64  # k of a packed tile
 ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
 MAX_WARPS = 16
+MAX_WARP_ROWS = 256  # per pass: every lane of a warp copies at most 16 bytes of scales
 STAGES = (2, 10)
 SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
 
@@ -56,12 +56,11 @@ _DEFAULTS = {
 _DEFAULTS["sm_89"] = _DEFAULTS["sm_86"]
 
 
-@dataclass(frozen=True)
 class MmaFamily:
     """``mma.sync`` with a cp.async ring per warp; a cluster owns whole rows and all of k."""
 
-    name: str = "mma"
-    summary: str = "mma.sync, a ring per warp, k split between warps: few tokens, sm_80 and newer"
+    name = "mma"
+    summary = "mma.sync, a ring per warp, k split between warps: few tokens, sm_80 and newer"
 
     def axes(self, arch: Arch) -> dict[str, tuple[Any, ...]]:
         """Candidate values per KernelConfig field."""
@@ -79,42 +78,56 @@ class MmaFamily:
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
-        """None, or why this binary cannot be built or run. Cheap checks come first: a search asks for every candidate."""
+        """None, or why this binary cannot be built or run. Cheap checks first: a search asks for every candidate."""
         c = config
         if c.partition == "striped":
-            return "partition='striped' is not made by the mma family: a cluster computes whole rows; use 'tiles' or 'clusterk'"
+            return "partition='striped' is not made by the mma family, whose clusters own whole rows; use 'tiles'"
         if (c.partition == "clusterk") != (c.cluster_size > 1):
-            return f"partition={c.partition!r} with cluster_size={c.cluster_size}: 'clusterk' splits k over 2 or more blocks, 'tiles' has 1"
+            needed = "1 block" if c.partition == "tiles" else "2 or more blocks"
+            return f"partition={c.partition!r} needs {needed} to a cluster, not cluster_size={c.cluster_size}"
         if c.cluster_size not in (1, 2, 4):
             return f"cluster_size={c.cluster_size} is not 1, 2 or 4"
         if c.cluster_size > 1 and not arch.has_tma:
-            return f"cluster_size={c.cluster_size} needs thread block clusters, which {arch.name} lacks (sm_90 has them)"
+            return f"cluster_size={c.cluster_size} needs thread block clusters; {arch.name} has none, sm_90 has"
         if (warps := c.warps_n * c.warps_k) > MAX_WARPS:
             return f"warps_n={c.warps_n} x warps_k={c.warps_k} is {warps} warps; a block has at most {MAX_WARPS}"
-        if (resident := 32 * warps * c.blocks_per_sm) > arch.max_threads_per_sm:
-            return f"blocks_per_sm={c.blocks_per_sm} of {warps} warps is {resident} threads; {arch.name} runs {arch.max_threads_per_sm} per SM"
+        if (threads := 32 * warps * c.blocks_per_sm) > arch.max_threads_per_sm:
+            return (
+                f"blocks_per_sm={c.blocks_per_sm} of {warps} warps is {threads} threads;"
+                f" an SM of {arch.name} runs at most {arch.max_threads_per_sm}"
+            )
         if c.block_n % (ROW_BLOCK * c.warps_n):
             return f"block_n={c.block_n} is not a multiple of {ROW_BLOCK} rows x warps_n={c.warps_n}"
-        if (row_blocks := _row_blocks(c)) > 16:
-            return f"block_n={c.block_n} over warps_n={c.warps_n} is {row_blocks} row blocks a warp; at most 16 (256 rows)"
+        if (rows := c.block_n // c.warps_n) > MAX_WARP_ROWS:
+            return f"block_n={c.block_n} over warps_n={c.warps_n} is {rows} rows a warp; at most {MAX_WARP_ROWS}"
         if c.block_m not in TOKEN_TILES:
             return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
         if not STAGES[0] <= c.num_stages <= STAGES[1]:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
         if fmt.bits != 4 or fmt.group_size % SLICE_K:
-            return f"weight format {fmt.name}: the mma family decodes 4-bit codes in groups of a multiple of {SLICE_K}"
+            return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {SLICE_K}"
         if c.block_k % SLICE_K or (c.block_k % fmt.group_size and fmt.group_size % c.block_k):
-            return f"block_k={c.block_k} is not a multiple of {SLICE_K} that divides group_size={fmt.group_size} or is a multiple of it"
+            return (
+                f"block_k={c.block_k} is not a multiple of {SLICE_K} that divides group_size={fmt.group_size},"
+                " or that it divides"
+            )
+        return self._resource_reason(c, fmt, arch)
+
+    def _resource_reason(self, c: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
+        """The part of ``reject_reason`` that says what does not fit on an SM."""
         if (needed := self._registers(c)) > (limit := self.max_registers(c, arch)):
             return (
-                f"about {needed} registers for block_m={c.block_m} x block_n={c.block_n}; {warps} warps x"
-                f" blocks_per_sm={c.blocks_per_sm} leave {limit} per thread"
+                f"block_m={c.block_m} x block_n={c.block_n} over {c.warps_n} x {c.warps_k} warps needs about {needed}"
+                f" registers per thread; blocks_per_sm={c.blocks_per_sm} leaves {limit}"
             )
         smem = self.smem_bytes(c, fmt)
         if smem > arch.smem_per_block:
             return f"needs {smem} bytes of shared memory; a block of {arch.name} has at most {arch.smem_per_block}"
         if (total := c.blocks_per_sm * (smem + arch.smem_reserved)) > arch.smem_per_sm:
-            return f"blocks_per_sm={c.blocks_per_sm} needs {total} bytes of shared memory; an SM of {arch.name} has {arch.smem_per_sm}"
+            return (
+                f"blocks_per_sm={c.blocks_per_sm} needs {total} bytes of shared memory;"
+                f" an SM of {arch.name} has {arch.smem_per_sm}"
+            )
         return None
 
     def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
@@ -184,11 +197,13 @@ class MmaFamily:
 
     @staticmethod
     def _registers(config: KernelConfig) -> int:
-        """An estimate from below: accumulators, one slice of activations and of weights, addresses."""
+        """An estimate that rejects what spills: accumulators, a slice of activations, row addresses, the rest."""
         tokens = config.block_m
-        accumulators = _row_blocks(config) * tokens // 2
-        deferred = tokens if config.dequant == "deferred" else 0  # raw sums of a row block, sums of the activations
-        return accumulators + tokens + deferred + 32
+        row_blocks = _row_blocks(config)
+        estimate = row_blocks * tokens // 2 + tokens + 3 * row_blocks + 46
+        if config.dequant == "deferred":  # also the sums of one row block's raw codes, what they start from, and scales
+            estimate += tokens + row_blocks + 7
+        return estimate
 
 
 def _rows_per_cluster(config: KernelConfig, problem: Problem, max_clusters: int) -> int:

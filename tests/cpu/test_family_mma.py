@@ -1,0 +1,174 @@
+"""The mma family: legality, defaults, launch arithmetic, and its kernel run instruction by instruction on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import EmulatedKernel
+
+from marlin_gen.arch import ARCHS, Gpu
+from marlin_gen.config import KernelConfig, Plan
+from marlin_gen.families.mma import MMA
+from marlin_gen.formats import FORMATS
+from marlin_gen.layout import PackedWeight, pack
+from marlin_gen.problem import Problem
+
+FORMAT = FORMATS["u4b8g128"]
+BASE = KernelConfig.from_key("mma-m8n64k64-w1x8-s4-b1-c1-tiles-deferred")
+GPUS = (
+    Gpu((9, 0), 132, 50 << 20, 228 << 10, 3352),
+    Gpu((8, 0), 108, 40 << 20, 164 << 10, 2039),
+    Gpu((8, 6), 84, 6 << 20, 100 << 10, 936),
+    Gpu((8, 9), 128, 72 << 20, 100 << 10, 1008),
+)
+SHAPES = ((64, 128), (6144, 4096), (4096, 14336), (28672, 8192), (192, 640))
+TOKENS = (1, 8, 9, 16, 33, 64, 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "arch", "words"),
+    [
+        ({"partition": "striped"}, "sm_90a", ["'striped'", "tiles"]),
+        ({"partition": "clusterk"}, "sm_90a", ["'clusterk'", "cluster_size=1"]),
+        ({"cluster_size": 2}, "sm_90a", ["'tiles'", "cluster_size=2"]),
+        ({"cluster_size": 3, "partition": "clusterk"}, "sm_90a", ["cluster_size=3"]),
+        ({"cluster_size": 2, "partition": "clusterk"}, "sm_80", ["cluster_size=2", "sm_80"]),
+        ({"warps_k": 16, "warps_n": 2}, "sm_90a", ["32 warps", "16"]),
+        ({"warps_k": 16, "blocks_per_sm": 4}, "sm_86", ["2048 threads", "1536"]),
+        ({"block_n": 48, "warps_n": 2}, "sm_90a", ["block_n=48", "warps_n=2"]),
+        ({"block_n": 512}, "sm_90a", ["block_n=512"]),
+        ({"block_m": 40}, "sm_90a", ["block_m=40"]),
+        ({"num_stages": 11}, "sm_90a", ["num_stages=11"]),
+        ({"block_k": 96}, "sm_90a", ["block_k=96"]),
+        ({"block_m": 64, "block_n": 256}, "sm_90a", ["registers", "block_m=64", "block_n=256"]),
+        ({"num_stages": 10}, "sm_90a", ["bytes of shared memory", "sm_90a", "232448"]),
+        ({"blocks_per_sm": 2}, "sm_90a", ["blocks_per_sm=2", "233472"]),
+    ],
+)
+def test_reject_reason_names_the_value(change: dict[str, object], arch: str, words: list[str]) -> None:
+    assert MMA.reject_reason(BASE, FORMAT, ARCHS["sm_90a"]) is None
+    reason = MMA.reject_reason(replace(BASE, **change), FORMAT, ARCHS[arch])  # type: ignore[arg-type]
+    assert reason is not None
+    assert all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch.name)
+def test_default_is_legal_and_listed(gpu: Gpu) -> None:
+    listed = set(MMA.defaults(gpu.arch, FORMAT))
+    assert 0 < len(listed) <= 8
+    for config in listed:
+        assert MMA.reject_reason(config, FORMAT, gpu.arch) is None
+    returned = {MMA.default(Problem(n, k, m), gpu).config for n, k in SHAPES for m in TOKENS}
+    assert returned <= listed
+
+
+def test_default_keeps_every_sm_equally_busy() -> None:
+    """The measured winners of one H100 at one token; see _DEFAULTS."""
+    h100 = GPUS[0]
+    rows = {(4096, 4096): 32, (4096, 14336): 32, (6144, 4096): 48, (8192, 8192): 64, (28672, 4096): 112}
+    assert {shape: MMA.default(Problem(*shape, 1), h100).config.block_n for shape in rows} == rows
+
+
+@pytest.mark.parametrize("max_clusters", [1, 3, 33, 66, 132, 264])
+def test_launch_covers_every_row_once(max_clusters: int) -> None:
+    for n, k in SHAPES:
+        for m in TOKENS:
+            for cluster in (1, 2):
+                config = replace(BASE, cluster_size=cluster, partition="clusterk" if cluster > 1 else "tiles")
+                shape = MMA.launch_shape(Plan(config), Problem(n, k, m), 132, max_clusters)
+                *sizes, rows = shape.scalars
+                assert sizes == [m, n, k]
+                token_tiles = -(-m // config.block_m)
+                ranges, rest = divmod(shape.grid, token_tiles * cluster)
+                assert rest == 0
+                assert (ranges - 1) * rows < n // 16 <= ranges * rows, "a cluster has no rows, or a row no cluster"
+                if token_tiles <= max_clusters:
+                    assert shape.grid <= max_clusters * cluster, "a second wave"
+
+
+def test_empty_product_is_refused() -> None:
+    assert "m=0" in (MMA.reject_problem(BASE, Problem(64, 128, 0)) or "")
+    assert MMA.reject_problem(BASE, Problem(64, 128, 1)) is None
+
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
+
+# One case per feature: a ring deeper or shallower than k, warps along n, passes that end early, k that ends inside a
+# stage, several token tiles, sums added up in parts, clusters with and without work for every block.
+CASES = (
+    ("mma-m8n32k64-w1x4-s2-b1-c1-tiles-deferred", ((1, 64, 128), (7, 192, 640), (17, 128, 256))),
+    ("mma-m16n96k128-w2x2-s3-b1-c1-tiles-exact", ((5, 192, 896), (40, 64, 384))),
+    ("mma-m24n64k256-w1x2-s2-b1-c1-tiles-deferred", ((24, 128, 640), (30, 64, 128))),
+    ("mma-m16n64k64-w1x4-s6-b1-c2-clusterk-deferred", ((16, 192, 640), (20, 64, 128))),
+    ("mma-m32n112k256-w1x2-s2-b1-c4-clusterk-exact", ((29, 256, 384),)),
+    ("mma-m64n64k64-w1x8-s2-b1-c1-tiles-exact", ((64, 64, 1024),)),
+    ("mma-m48n64k64-w4x2-s2-b1-c1-tiles-exact", ((50, 192, 256),)),
+)
+
+
+def _problem(m: int, n: int, k: int) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
+    """A (m, k), a packed random weight, and that weight dense in fp32 (n, k)."""
+    generator = torch.Generator().manual_seed(m * n + k)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, k // 128, generator=generator) * 0.02 + 0.005).half()
+    a = torch.randn(m, k, generator=generator).half()
+    return a, pack(codes, scales), (codes.float() - 8) * scales.float().repeat_interleave(128, 1)
+
+
+def _error(c: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((c.float() - reference).norm() / reference.norm()).item()
+
+
+@needs_gxx
+@pytest.mark.parametrize(("key", "problems"), CASES, ids=[key for key, _ in CASES])
+def test_kernel_computes_the_product(key: str, problems: tuple[tuple[int, int, int], ...], tmp_path: Path) -> None:
+    kernel = EmulatedKernel(KernelConfig.from_key(key), tmp_path)
+    for m, n, k in problems:
+        a, packed, dense = _problem(m, n, k)
+        late = kernel(a, packed, 3, seed=1, early=False)
+        assert _error(late, a.float() @ dense.T) < 1e-3, (m, n, k)
+        early = kernel(a, packed, 3, seed=2, early=True)
+        assert torch.equal(late, early), "the result depends on when copies land or in which order threads run"
+
+
+@needs_gxx
+def test_identity_gives_the_dequantised_weight(tmp_path: Path) -> None:
+    _, packed, dense = _problem(1, 64, 128)
+    kernel = EmulatedKernel(replace(BASE, block_m=64, warps_k=2, dequant="exact"), tmp_path)
+    c = kernel(torch.eye(128, dtype=torch.float16), packed, 4, seed=3, early=False)
+    assert torch.equal(c, dense.half().T)
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("cp_async_wait_group<Config::kNumStages - 1>", "cp_async_wait_group<Config::kNumStages>"),
+        ("if (pass > 0 || first_token > 0) __syncthreads();", ""),
+        ("__syncthreads();\n    if constexpr", "if constexpr"),
+        ("row_block_end - 1)", "row_block_end + 99)"),
+    ],
+    ids=["waits for too few copies", "overwrites sums", "reads sums too soon", "reads past the weight"],
+)
+def test_emulator_sees_a_broken_kernel(right: str, wrong: str, tmp_path: Path) -> None:
+    """The tests above can fail: with one of its waits or bounds gone, the kernel is found out."""
+
+    def broken(text: str) -> str:
+        assert text.count(right) == 1
+        return text.replace(right, wrong)
+
+    a, packed, dense = _problem(7, 192, 128)
+    # Passes of 80 of 192 rows: the last one reaches past the end.
+    kernel = EmulatedKernel(replace(BASE, block_n=80, warps_k=2, num_stages=2), tmp_path, broken)
+
+    def is_wrong(seed: int) -> bool:
+        try:
+            return not _error(kernel(a, packed, 1, seed=seed, early=False), a.float() @ dense.T) < 1e-3
+        except RuntimeError as fault:
+            return "outside" in str(fault)
+
+    assert any(is_wrong(seed) for seed in range(8))
