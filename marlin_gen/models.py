@@ -38,7 +38,8 @@ class LayerShape(NamedTuple):
 @cache
 def presets() -> dict[str, dict[str, Any]]:
     """Bundled model configs by name, with the fields their published config.json has."""
-    return json.loads((Path(__file__).parent / "presets.json").read_text())
+    found: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "presets.json").read_text())
+    return found
 
 
 def model_shapes(model: str, tps: tuple[int, ...] = (1,)) -> list[LayerShape]:

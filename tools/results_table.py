@@ -44,8 +44,8 @@ def _section(path: Path) -> str:
     worst = max(row.relative_error for row in rows)
     lines += [
         "",
-        "Means are geometric. Roofline: the longer of reading the packed bytes with a plain read kernel, launch included"
-        f", and 2mnk at {tflops:.0f} TFLOP/s. Largest relative error: {worst:.1e}.",
+        "Means are geometric. Roofline: the longer of a plain read of the packed bytes, launch included,"
+        f" and 2mnk at {tflops:.0f} TFLOP/s. Largest relative error: {worst:.1e}.",
     ]
     return "\n".join(lines)
 

@@ -75,7 +75,8 @@ def _continued(counts: list[int], rest: list[str], text: str) -> list[int]:
             f"--tokens {text!r}: '...' needs two numbers before it, the second a multiple of the first, a larger one"
             " after it; example: 1,2,4,...,4096"
         )
-    ratio, found = counts[-1] // counts[-2], []
+    ratio = counts[-1] // counts[-2]
+    found: list[int] = []
     while (following := (found or counts)[-1] * ratio) < int(rest[0]):
         found.append(following)
     return found

@@ -17,7 +17,7 @@ from marlin_gen.cli.progress import cells_progress
 from marlin_gen.config import KernelSpec
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.dispatch import Choice, Dispatcher, find_tables, forced_plan
-from marlin_gen.measurement import Artifact
+from marlin_gen.measurement import Artifact, Measurement
 
 
 def bench(
@@ -41,16 +41,22 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="marlin_gen-bench-") as scratch, gpus.measurer(device) as measurer:
         artifacts = _artifacts(list(choices.values()), dispatcher, Path(scratch))
         entries = [(problem, artifacts[choice.spec], choice.plan) for problem, choice in choices.items()]
-        with cells_progress(len(entries), "bench") as advance:
-            for found in benching.measure(measurer, entries):
-                if isinstance(found, BenchRow):
-                    rows.append(found)
-                    advance(f"{found.n}x{found.k} m={found.m}: {us(found.us)} us, {times(found.speedup)} cuBLAS")
-                else:
-                    failures += 1
-                    p = found.problem
-                    err.print(f"[red]failed:[/] {p.n}x{p.k} m={p.m} {found.plan.key}: {found.status} {found.detail}")
-                    advance("")
+        try:
+            with cells_progress(len(entries), "bench") as advance:
+                for found in benching.measure(measurer, entries):
+                    if isinstance(found, BenchRow):
+                        rows.append(found)
+                        advance(f"{found.n}x{found.k} m={found.m}: {us(found.us)} us, {times(found.speedup)} cuBLAS")
+                    else:
+                        failures += 1
+                        err.print(f"[red]failed:[/] {_sentence(found)}", soft_wrap=True)
+                        advance("")
+        except BaseException:
+            if rows:  # a whole earlier bench is not overwritten by a part of this one
+                partial = path.with_suffix(".partial.csv")
+                benching.write_csv(partial, rows)
+                note(f"stopped; the {len(rows)} of {len(entries)} cells measured are in {partial}")
+            raise
     if not rows:
         raise ValueError(f"none of the {failures} cells could be measured; marlin-gen doctor says what is wrong")
     benching.write_csv(path, rows)
@@ -60,6 +66,11 @@ def bench(
         _print(rows, attainable_tflops(gpu), gpu.name, path)
     if failures:
         raise typer.Exit(1)
+
+
+def _sentence(failed: Measurement) -> str:
+    p = failed.problem
+    return f"{p.n}x{p.k} m={p.m} {failed.plan.key}: {failed.status} {failed.detail}".rstrip()
 
 
 def _beside_the_table(dispatcher: Dispatcher) -> Path:
@@ -105,5 +116,6 @@ def _print(rows: Sequence[BenchRow], tflops: float, name: str, path: Path) -> No
         for r in rows
     )))  # fmt: skip
     for s in benching.summarise(rows, tflops):
-        out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS (worst {times(s.worst_speedup)}), roofline {s.roofline:.2f}")
+        worst = f"worst {times(s.worst_speedup)}"
+        out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS ({worst}), roofline {s.roofline:.2f}")
     note(f"written to {path}")

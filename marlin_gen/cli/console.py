@@ -20,7 +20,7 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlig
 
 def note(message: str) -> None:
     """One line beside the results."""
-    err.print(message, style="dim", markup=False)
+    err.print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -36,8 +36,8 @@ def require_gpu(device: str, why: str) -> Gpu:
     gpu = this_gpu(device)
     if gpu is None:
         raise ValueError(
-            f"{why} and needs an NVIDIA GPU of compute capability 8.0 or newer with its driver and a CUDA build of torch;"
-            " none was found here (marlin-gen doctor says more)"
+            f"{why} and needs an NVIDIA GPU of compute capability 8.0 or newer, its driver and a CUDA build of torch;"
+            " not found here (marlin-gen doctor says more)"
         )
     return gpu
 

@@ -9,6 +9,7 @@ import typer
 from marlin_gen import env
 from marlin_gen.cli import bench, doctor, kernels, show, tune
 from marlin_gen.cli.console import err
+from marlin_gen.driver import LaunchError
 from marlin_gen.toolchain import ToolchainError
 
 COMMANDS = typer.Typer(
@@ -27,7 +28,7 @@ COMMANDS.command("compile")(kernels.compile_)
 COMMANDS.command()(doctor.doctor)
 
 # Their messages are written for users: the value, and the fix.
-USER_ERRORS = (ValueError, OSError, ToolchainError)
+USER_ERRORS = (ValueError, OSError, ToolchainError, LaunchError)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,7 +35,12 @@ class Study:
 
 
 def open_study(
-    measurer: Measurer, problems: Sequence[Problem], seed: int, versions: Mapping[str, str], folder: Path | None, fresh: bool
+    measurer: Measurer,
+    problems: Sequence[Problem],
+    seed: int,
+    versions: Mapping[str, str],
+    folder: Path | None,
+    fresh: bool,
 ) -> Study:
     """The study of exactly this work, in ``folder`` or where such studies are kept; emptied first if ``fresh``."""
     if folder is None:
@@ -67,7 +72,9 @@ def provenance(measurer: Measurer) -> dict[str, Any]:
     run: dict[str, Any] = {"date": datetime.now(timezone.utc).date().isoformat(), "marlin_gen": _version()}
     if isinstance(measurer, ReplayMeasurer):
         return {**run, "replay": True, **measurer.recording.versions}
-    return {**run, **versions_of(measurer)}
+    from marlin_gen.driver import driver_version
+
+    return {**run, **versions_of(measurer), "driver": driver_version()}
 
 
 def templates_digest() -> str:

@@ -34,11 +34,11 @@ def tune(
     tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model, as 1,2,4.")] = "1",
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
     device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
-    trials: Annotated[int | None, typer.Option(help=f"Kernels to try; default {GPU_TRIALS}, a replay {REPLAY_TRIALS}.")] = None,
+    trials: Annotated[int | None, typer.Option(help=f"Kernels to try; {GPU_TRIALS}, a replay {REPLAY_TRIALS}.")] = None,
     budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h.")] = "9m",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write into; default: the user's.")] = None,
-    folder: Annotated[Path | None, typer.Option("--study", help="Where to keep the trials; default: the user's.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
+    folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
     record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Compilers at once; default: the usable cores.")] = None,
@@ -55,7 +55,8 @@ def tune(
         problems = work.problems
         versions = study.versions_of(measurer)
         kept = study.open_study(measurer, problems, seed, versions, folder, fresh=not resume)
-        note(f"{measurer.gpu.name}{', replayed' if replay else ''}: {work}")
+        title = f"{measurer.gpu.name}{', replayed' if replay else ''}"
+        note(f"{title}: {work}")
         with tune_progress() as on_progress:
             result = search(
                 problems, measurer, kept.log, study_path=kept.journal, options=options, versions=versions,
@@ -72,7 +73,7 @@ def tune(
     if json:
         _print_json(result, table)
     else:
-        _print(result, table)
+        _print(result, table, title)
     if result.interrupted:
         note(f"interrupted; the {result.candidates} candidates measured are kept, the same command goes on from there")
         raise typer.Exit(130)
@@ -98,10 +99,10 @@ def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> Dispatch
     return publish(folder, table, artifacts)
 
 
-def _print(result: SearchResult, table: DispatchTable | None) -> None:
+def _print(result: SearchResult, table: DispatchTable | None, title: str) -> None:
     rows = rows_of(result)
     if rows:
-        out.print(speedups.speedup_table(rows, result.gpu))
+        out.print(speedups.speedup_table(rows, result.gpu, title))
         out.print(speedups.summary_table(rows, result.gpu))
     for problem in result.unsolved:
         out.print(f"[red]no kernel worked for {problem.n}x{problem.k} m={problem.m}[/]")

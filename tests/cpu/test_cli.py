@@ -1,0 +1,249 @@
+"""The command line as a user meets it: words to values, commands end to end on a recording, errors in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from marlin_gen.arch import Gpu
+from marlin_gen.bench import COLUMNS
+from marlin_gen.cli import arguments, gpus
+from marlin_gen.cli.root import main
+from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.cost_model import predict_us
+from marlin_gen.families import FAMILIES
+from marlin_gen.formats import weight_format
+from marlin_gen.measurement import Baseline, Measurement
+from marlin_gen.problem import Problem
+from marlin_gen.record import MeasurementLog, pack
+from marlin_gen.replay import ReplayMeasurer, find_recording
+from marlin_gen.space import ConfigSpace
+from marlin_gen.table import DispatchTable
+
+H100 = Gpu((9, 0), 132, 50 << 20, 228 << 10, 3352, "NVIDIA H100 80GB HBM3")
+PROBLEMS = [Problem(4096, 4096, m) for m in (1, 16, 64)]
+KEY = "mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred"
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory):
+    """A small recording whose times are the cost model's with noise: the format and the road are real."""
+    folder = tmp_path_factory.mktemp("recording")
+    space = ConfigSpace(H100.arch, weight_format("u4b8g128"), FAMILIES).enumerate()
+    defaults = [family.default(p, H100).config for family in FAMILIES.rows.values() for p in PROBLEMS]
+    configs = list(dict.fromkeys(defaults + random.Random(0).sample(space, 6)))
+    us = predict_us(configs, PROBLEMS, H100) * np.random.default_rng(0).lognormal(0, 0.1, (len(configs), 3))
+    log = MeasurementLog(folder / "log", H100, {"torch": "2.13.0"})
+    for problem in PROBLEMS:
+        log.baseline(Baseline(problem, 4.1, 15.0))
+    for i, config in enumerate(configs):
+        for j, problem in enumerate(PROBLEMS):
+            family = FAMILIES.of(config)
+            for raster in () if family.reject_problem(config, problem) else family.rasters(config, problem):
+                t = float(us[i, j])
+                log.measurement(Measurement(problem, Plan(config, raster), "ok", t, 0.99 * t, 1.01 * t, 2e-4))
+    log.close()
+    pack(folder / "log", folder / "recording.jsonl.gz")
+    return folder / "recording.jsonl.gz"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """User folders of this test alone."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("MARLIN_GEN_TABLE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """One kernel cache for all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARLIN_GEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def tune(recording, *more):
+    return main(["tune", "--model", "tiny", "--tokens", "1,16,64", "--device", f"replay:{recording}", *more])
+
+
+# Words to values.
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [("1", (1,)), ("8,1,8", (1, 8)), ("1,2,4,...,32", (1, 2, 4, 8, 16, 32)), ("1, 3, ..., 30", (1, 3, 9, 27, 30))],
+)
+def test_token_counts(text, counts):
+    assert arguments.token_counts(text) == counts
+
+
+def test_the_default_tokens_are_the_thirteen_powers_of_two():
+    assert arguments.token_counts(arguments.DEFAULT_TOKENS) == tuple(2**i for i in range(13))
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,x", "...,4", "1,...,4", "1,2,...", "4,2,...,8", "2,3,...,9", "999999"])
+def test_bad_token_counts_are_quoted(text):
+    with pytest.raises(ValueError, match="--tokens"):
+        arguments.token_counts(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("9m", 540), ("90s", 90), ("1.5h", 5400), ("60", 60)])
+def test_seconds(text, expected):
+    assert arguments.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0s", "-1m", "9 minutes"])
+def test_bad_seconds_are_quoted(text):
+    with pytest.raises(ValueError, match="examples: 9m"):
+        arguments.seconds(text)
+
+
+def test_keys_of_all_three_kinds_name_the_same_kernel():
+    spec = arguments.spec(f"{KEY}-u4b8g128-f16-sm_80", "sm_90a")
+    assert spec.key == f"{KEY}-u4b8g128-f16-sm_80"
+    assert arguments.spec(KEY, "sm_80") == arguments.spec(f"{KEY}-r8", "sm_80") == spec
+
+
+def test_model_and_shapes_add_up_without_repeats():
+    work = arguments.work("llama-3.1-8b", "4096x4096,1024x1024", "1", "1,2")
+    assert len(work.layers) == 5
+    assert len(work.problems) == 10
+
+
+# Commands.
+
+
+def test_tune_writes_a_table_that_show_reads(recording, home, capsys, monkeypatch):
+    assert tune(recording, "--out", str(home / "out"), "--record") == 0
+    shown = capsys.readouterr()
+    assert "4096x4096" in shown.out and "regime" in shown.out
+    folder = home / "out" / H100.slug
+    assert str(folder) in shown.err
+    table = DispatchTable.load(folder)
+    assert [row.problem for row in table.rows] == PROBLEMS
+    specs = [KernelSpec(row.plan.config, "u4b8g128", "f16", "sm_90a") for row in table.rows]
+    assert all(table.cubin(spec.key) for spec in specs)
+    # Never slower than what would run without a table.
+    assert all(row.us <= row.default_us for row in table.rows)
+    assert find_recording(str(folder / "recording.jsonl.gz")).problems() == PROBLEMS
+
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "out"))
+    assert main(["show", "--gpu", "h100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["plan"] for row in found["rows"]] == [row.plan.key for row in table.rows]
+    assert found["summary"][-1]["cells"] == 3
+    assert main(["show", "--gpu", "h100", "--plans"]) == 0
+    assert table.rows[0].plan.key in capsys.readouterr().out
+    assert main(["show", "--gpu", "h100", "--shapes", "64x128"]) == 2
+    assert "it has 4096x4096" in capsys.readouterr().err
+
+
+def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys):
+    assert tune(recording, "--json") == 0
+    first = capsys.readouterr()
+    assert "going on" not in first.err
+    assert tune(recording, "--json") == 0
+    again = capsys.readouterr()
+    assert "going on with the study" in again.err
+    assert json.loads(again.out)["rows"] == json.loads(first.out)["rows"]
+    assert tune(recording, "--json", "--fresh") == 0
+    assert "going on" not in capsys.readouterr().err
+
+
+def test_a_replayed_table_is_kept_away_from_those_that_dispatch_reads(recording, home, capsys):
+    assert tune(recording) == 0
+    assert (home / "data" / "marlin_gen" / "replayed" / H100.slug / "table.json").is_file()
+    assert not (home / "data" / "marlin_gen" / "tuned").exists()
+
+
+def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, capsys, monkeypatch):
+    tune(recording, "--out", str(home / "out"))
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "out"))
+    monkeypatch.setattr(gpus, "require_gpu", lambda device, why: H100)
+
+    @contextmanager
+    def recorded(device):
+        yield ReplayMeasurer(find_recording(str(recording)))
+
+    monkeypatch.setattr(gpus, "measurer", recorded)
+    path = home / "bench.csv"
+    assert main(["bench", "--shapes", "4096x4096", "--tokens", "1,16", "--csv", str(path)]) == 0
+    rows = list(csv.DictReader(path.open()))
+    assert tuple(rows[0]) == COLUMNS
+    table = DispatchTable.load(home / "out" / H100.slug)
+    assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
+
+
+def test_render_prints_exactly_the_source(capsys):
+    from marlin_gen.render import render
+
+    assert main(["render", KEY, "--arch", "sm_80"]) == 0
+    spec = KernelSpec.from_key(f"{KEY}-u4b8g128-f16-sm_80")
+    assert capsys.readouterr().out == render(spec).text
+
+
+def test_compile_reports_what_the_compiler_made(capsys):
+    assert main(["compile", "--json", KEY]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (kernel,) = report["kernels"]
+    assert kernel["spec"] == f"{KEY}-u4b8g128-f16-sm_90a"
+    assert 0 < kernel["registers"] <= 128 and kernel["spill_bytes"] == 0 and kernel["rejected"] is None
+    assert main(["compile", KEY]) == 0
+    assert "registers x 512 threads" in capsys.readouterr().out
+
+
+def test_doctor_says_what_a_replay_needs(capsys):
+    main(["doctor", "--for", "replay", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    names = {finding["name"] for finding in report["findings"]}
+    assert {"torch", "nvcc", "NVRTC", "compiler in use", "tuning packages", "cache folder"} <= names
+
+
+# Errors: exit code 2, one line, the value and the fix.
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tune"], "--model"),
+        (["tune", "--model", "lama-3.1-8b"], "did you mean llama-3.1-8b?"),
+        (["tune", "--shapes", "100x4096"], "n=100"),
+        (["tune", "--model", "tiny", "--device", "gpu"], "'gpu' is not auto"),
+        (["tune", "--model", "tiny", "--device", "replay:b300"], "'b300'"),
+        (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
+        (["render", "mma-what"], "'mma-what'"),
+        (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),
+        (["compile", KEY, "--compiler", "icc"], "'icc'"),
+        (["show", "--gpu", "voodoo2"], "voodoo2"),
+        (["doctor", "--for", "fun"], "serve, tune, replay"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_value(words, said, capsys):
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    last = shown.err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert "Traceback" not in shown.err and shown.out == ""
+
+
+def test_a_shape_the_recording_lacks_lists_those_it_has(recording, capsys):
+    assert main(["tune", "--shapes", "64x128", "--device", f"replay:{recording}"]) == 2
+    assert "it has the shapes 4096x4096" in capsys.readouterr().err
+
+
+def test_unknown_options_are_usage_errors(capsys):
+    assert main(["tune", "--bogus"]) == 2
+    assert "--bogus" in capsys.readouterr().err
+
+
+def test_measuring_without_a_gpu_says_what_is_needed(capsys, monkeypatch):
+    monkeypatch.setattr(gpus, "this_gpu", lambda device="cuda:0": None)
+    for words in (["bench", "--model", "tiny"], ["tune", "--model", "tiny", "--device", "cuda:0"]):
+        assert main(words) == 2
+        assert "needs an NVIDIA GPU of compute capability 8.0 or newer" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The doctor finds what is broken, says how to mend it, and fails only for what the purpose needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from marlin_gen import doctor
+from marlin_gen.arch import Gpu
+from marlin_gen.doctor import Finding, broken, examine
+from marlin_gen.table import DispatchTable
+
+H100 = Gpu((9, 0), 132, 50 << 20, 228 << 10, 3352, "NVIDIA H100 80GB HBM3")
+
+
+def by_name(findings):
+    return {finding.name: finding for finding in findings}
+
+
+def test_only_what_the_purpose_needs_is_broken():
+    findings = [Finding("a", False, "", "", ("tune",)), Finding("b", False, ""), Finding("c", True, "", "", ("tune",))]
+    assert [finding.name for finding in broken("tune", findings)] == ["a"]
+    assert broken("serve", findings) == []
+
+
+def test_an_unknown_purpose_lists_the_known():
+    with pytest.raises(ValueError, match="serve, tune, replay"):
+        examine("fly")
+
+
+def test_everything_not_ok_says_how_to_mend_it():
+    _, findings = examine()
+    assert [finding.name for finding in findings if not finding.ok and not finding.fix] == []
+
+
+def test_without_a_gpu_the_purpose_is_replay(monkeypatch):
+    monkeypatch.setattr(doctor, "_gpu", lambda: (None, []))
+    assert examine()[0] == "replay"
+    monkeypatch.setattr(doctor, "_gpu", lambda: (H100, []))
+    assert examine()[0] == "tune"
+
+
+def test_a_missing_compiler_breaks_tuning_and_not_serving(monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_NVCC", "/nowhere/nvcc")
+    _, findings = examine("tune")
+    compiler = by_name(findings)["compiler in use"]
+    assert not compiler.ok and "/nowhere/nvcc" in compiler.found and "pip install" in compiler.fix
+    assert compiler in broken("replay", findings) and compiler not in broken("serve", findings)
+
+
+def test_a_table_is_reported_with_its_damaged_kernels(tmp_path, monkeypatch):
+    DispatchTable(H100, (), {}).write(tmp_path / H100.slug)
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(tmp_path))
+    found = [f.found for f in examine()[1] if f.name == "table"]
+    assert any(said.startswith(f"{H100.slug}: 0 rows, 0 kernels") for said in found)
+    (tmp_path / H100.slug / "table.json").write_text("{")
+    assert any("table.json" in f.found and not f.ok for f in examine()[1] if f.name == "table")
+
+
+def test_a_cache_that_cannot_be_written_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    cache = by_name(examine()[1])["cache folder"]
+    assert not cache.ok and "MARLIN_GEN_CACHE_DIR" in cache.fix
+
+
+def test_set_variables_are_listed(monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_LINEINFO", "1")
+    assert by_name(examine()[1])["MARLIN_GEN_LINEINFO"].found == "1"
