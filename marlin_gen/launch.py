@@ -103,9 +103,17 @@ class Launcher:
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
         """``out [m, n] = a [m, k] @ B^T`` on the current stream. Tensors are contiguous, 16-byte aligned, on this device."""
+        shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
+        partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
+        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks)
+
+    def run_with(
+        self, kernel: Kernel, plan: Plan, problem: Problem,
+        a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
+        partials: torch.Tensor | None, locks: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """``run`` with the caller's workspace: at least the launch shape's sizes, locks zero."""
         shape, config = kernel.shape(plan, problem, self.gpu.num_sms)
-        stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        partials, locks = self.workspace.take(shape, stream)
         pointers = {"a": a, "c": out, "weight": weight, "scales": scales, "partials": partials, "locks": locks}
         arguments: list[Any] = []
         for operand in shape.operands:
@@ -117,4 +125,4 @@ class Launcher:
                 tensor = pointers[operand]
                 arguments.append(ctypes.c_uint64(tensor.data_ptr() if tensor is not None else 0))
         arguments.extend(map(ctypes.c_int32, shape.scalars))
-        driver.launch(kernel.function, config, arguments, stream)
+        driver.launch(kernel.function, config, arguments, torch.cuda.current_stream(self.device_index).cuda_stream)
