@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {".py": 250, ".jinja": 400, ".cuh": 250}  # lines a file
-TOTAL = 6500  # lines of everything but tests
+BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
+TOTAL = 9500  # lines of everything but tests
 
 
 def tracked() -> list[Path]:
-    """The files of the repository that have a budget, tests left out."""
+    """The files of the repository that have a budget: neither tests nor generated."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     paths = [Path(name) for name in names if Path(name).suffix in BUDGETS and not name.startswith("tests/")]
-    return [path for path in paths if (ROOT / path).is_file()]
+    return [path for path in paths if (ROOT / path).is_file() and not written_by_a_tool(ROOT / path)]
+
+
+def written_by_a_tool(path: Path) -> bool:
+    """Such a file is not read top to bottom; its tool is."""
+    return "Written by tools/" in path.read_text()[:400]
 
 
 def main() -> int:
