@@ -119,11 +119,9 @@ class Candidates:
         found: NDArray[np.float32] = np.abs(self.features - image).sum(axis=1)
         return found
 
-    def nearest(self, values: Mapping[str, Any], free: NDArray[np.bool_], cost: NDArray[np.floating]) -> int | None:
+    def nearest(self, values: Mapping[str, Any], free: NDArray[np.bool_], cost: NDArray[np.floating]) -> int:
         """The free candidate nearest to ``values`` (which need not be legal); of equals the one of least cost."""
         open_ = np.flatnonzero(free)
-        if not len(open_):
-            return None
         distance = self.distances(values)[open_]
         ties = open_[distance <= distance.min() + 1e-4]
         return int(ties[np.argmin(cost[ties])])

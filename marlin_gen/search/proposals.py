@@ -1,12 +1,12 @@
-"""What to try next. Seeds first; then, for the problem with most to gain, by turns: its sampler's proposal, a
-neighbour of its winner, and the favourite of the calibrated cost model.
+"""What to try next. Seeds first; then by turns what the calibrated cost model expects to help most over all problems,
+and, for the problem with most to gain, its sampler's proposal and a neighbour of its winner.
 
 Every proposal is snapped to a legal config that was never tried, so no turn is wasted and nothing is measured twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from marlin_gen.search.study import Samplers
 from marlin_gen.search.trials import Trials
 from marlin_gen.space import Candidates
 
-SOURCES = ("sampler", "neighbour", "sampler", "model")  # the turns
+SOURCES = ("sampler", "model", "neighbour", "model")  # the turns
+SHORTLIST = 400  # of so many configs the expected gain is followed through a batch
 NEIGHBOURHOOD = 12  # of so many configs nearest to a winner, the one of least predicted time is tried
 IMPROVED = 0.995  # a problem's best must fall below this share of itself to count as progress
 
@@ -42,11 +43,6 @@ class Proposer:
     def seed(self, configs: Iterable[KernelConfig], source: str) -> None:
         """Try these before anything else, in the order of the calls."""
         self._seeds += [Proposal(self._candidates.configs[i], source) for i in self._candidates.within(configs)]
-
-    def seed_by_model(self, per_problem: int) -> None:
-        """Try the cost model's favourites of each problem, the first of each before the second of any."""
-        order = np.argsort(self._model.prior_us, axis=0, kind="stable")[:per_problem]
-        self.seed([self._candidates.configs[i] for i in order.ravel()], "model")
 
     def take(self, proposals: Sequence[Proposal]) -> None:
         """Note proposals as made: those of ``batch`` below, or of a log."""
@@ -78,37 +74,54 @@ class Proposer:
             if fresh[self._candidates.index[proposal.config]]:
                 pick(proposal)
         asks = self._asks.copy()
+        favourites = self._favourites(fresh, picks)
         while len(picks) < size and fresh.any():
+            turn = self._turn * size + len(picks)
+            # Before anything is measured there is nothing to sample from, and no winner to be near.
+            source = SOURCES[turn % len(SOURCES)] if self._model.is_fitted else "model"
+            if source == "model":
+                pick(Proposal(self._candidates.configs[next(favourites)], source))
+                continue
             problem = self._neediest(asks)
             asks[self._trials.column[problem]] += 1
-            turn = self._turn * size + len(picks)
-            found = self._ask(SOURCES[turn % len(SOURCES)], problem, fresh, turn)
-            if found is not None:
-                pick(found)
+            pick(Proposal(self._candidates.configs[self._ask(source, problem, fresh, turn)], source, problem))
         self.take(picks)
         return picks
+
+    def _favourites(self, fresh: NDArray[np.bool_], picks: Sequence[Proposal]) -> Iterator[int]:
+        """Fresh configs by expected gain, each judged as if the earlier ones had turned out as predicted."""
+        under_way = self._candidates.within(p.config for p in picks)
+        pending = self._proposed & ~np.isfinite(self._trials.us).any(axis=1)
+        pending[under_way] = True
+        best_us = np.minimum(self._best_us, 2 * self._model.best_us)
+        best_us = np.minimum(best_us, self._model.us[pending].min(axis=0, initial=np.inf))
+        rows = np.flatnonzero(fresh)
+        rows = rows[np.argsort(-self._model.expected_gain(rows, best_us), kind="stable")[:SHORTLIST]]
+        while True:
+            rows = rows[fresh[rows]]
+            if not len(rows):
+                rows = np.flatnonzero(fresh)
+            chosen = int(rows[np.argmax(self._model.expected_gain(rows, best_us))])
+            best_us = np.minimum(best_us, self._model.us[chosen])
+            yield chosen
 
     def _neediest(self, asks: NDArray[np.float64]) -> Problem:
         """The problem with the largest gap to its roofline for the asks it has had: none starves."""
         gap = np.log(np.where(np.isfinite(self._best_us), self._best_us, 10 * self._roofline_us) / self._roofline_us)
         return self._trials.problems[int(np.argmax((np.maximum(gap, 0) + 0.1) / (1 + asks)))]
 
-    def _ask(self, source: str, problem: Problem, fresh: NDArray[np.bool_], turn: int) -> Proposal | None:
+    def _ask(self, source: str, problem: Problem, fresh: NDArray[np.bool_], turn: int) -> int:
+        """Index of a fresh config, promising for the problem if any is."""
         j = self._trials.column[problem]
         predicted = self._model.us[:, j]
-        winner = self._trials.winner(problem)
         limit = self._model.gate(self._gate) * min(self._trials.best_us[j], self._model.best_us[j])
         promising = fresh & (predicted <= limit)
         if not promising.any():
             promising = fresh
-        if source == "neighbour" and winner is not None:
-            distance = self._candidates.distances(vars(self._candidates.configs[winner]))
-            near = np.flatnonzero(promising)
-            near = near[np.argsort(distance[near], kind="stable")[:NEIGHBOURHOOD]]
-            found: int | None = int(near[np.argmin(predicted[near])])
-        elif source == "sampler":
-            found = self._candidates.nearest(self._samplers.ask(problem, turn), promising, predicted)
-        else:
-            near = np.flatnonzero(promising)
-            found = int(near[np.argmin(predicted[near])])
-        return None if found is None else Proposal(self._candidates.configs[found], source, problem)
+        winner = self._trials.winner(problem)
+        if source == "sampler" or winner is None:
+            return self._candidates.nearest(self._samplers.ask(problem, turn), promising, predicted)
+        distance = self._candidates.distances(vars(self._candidates.configs[winner]))
+        near = np.flatnonzero(promising)
+        near = near[np.argsort(distance[near], kind="stable")[:NEIGHBOURHOOD]]
+        return int(near[np.argmin(predicted[near])])

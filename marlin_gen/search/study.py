@@ -137,7 +137,7 @@ class Journal:
         self._finished.add(config.key)
 
     def reap(self, pending: Iterable[KernelConfig]) -> int:
-        """Tell trials that a killed tune left running, and nobody will take up again, as failed. Returns how many."""
+        """Tell running trials of configs that nobody will take up again as failed: their log is gone. Returns how many."""
         keep = {config.key for config in pending}
         lost = [key for key in self._trials if key not in self._finished and key not in keep]
         for key in lost:

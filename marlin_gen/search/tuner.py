@@ -66,28 +66,28 @@ class Tuner:
         proposer = Proposer(self.trials, self.model, self.samplers, roofline_us, self.options.gate)
         for source, plans in self._seeds.items():
             proposer.seed([plan.config for plan in plans], source)
-        proposer.seed_by_model(per_problem=1)
         self._searching_since = time.monotonic()
+        done = self.log.recording.done
+        recorded = deque(self.log.recording.batches)
+        if self.journal:
+            self.journal.reap([p.config for batch in recorded for p in batch])
         queue: deque[Sequence[Proposal]] = deque()
         promised = 0  # candidates in all batches so far
-        for batch in self.log.recording.batches:
-            known = [p for p in batch if p.config in self.candidates.index]
-            proposer.take(known)
-            queue.append(known)
-            promised += len(known)
-        unfinished = [p.config for batch in queue for p in batch if p.config not in self.log.recording.done]
-        self.ahead.submit(unfinished)
-        if self.journal:
-            self.journal.reap(unfinished)
         stopped, idle = "trials", 0
         while True:
-            # Two batches under way: one compiles while the other is timed.
-            while len(queue) < 2 and promised < self.options.trials:
-                batch = proposer.batch(min(self.options.batch_size, self.options.trials - promised))
-                if not batch:
-                    stopped = "space exhausted"
-                    break
-                self._start(batch)
+            # Two batches under way: one compiles while the other is timed. Those of an earlier session come first, in
+            # the same order of choosing and timing, so that the proposer goes through the same states.
+            while len(queue) < 2 and (recorded or promised < self.options.trials):
+                if recorded:
+                    batch = [p for p in recorded.popleft() if p.config in self.candidates.index]
+                    proposer.take(batch)
+                else:
+                    batch = proposer.batch(min(self.options.batch_size, self.options.trials - promised))
+                    if not batch:
+                        stopped = "space exhausted"
+                        break
+                    self.log.batch(batch)
+                self._start([p.config for p in batch if p.config not in done])
                 queue.append(batch)
                 promised += len(batch)
             if not queue:
@@ -101,9 +101,7 @@ class Tuner:
             if idle >= self.options.patience:
                 return "no progress"
 
-    def _start(self, batch: Sequence[Proposal]) -> None:
-        configs = [proposal.config for proposal in batch]
-        self.log.batch(batch)
+    def _start(self, configs: Sequence[KernelConfig]) -> None:
         self.ahead.submit(configs)
         if self.journal:
             self.journal.start(configs)
