@@ -78,15 +78,14 @@ class _Lines:
 
 
 def _state(now: TuneProgress) -> str:
-    """Best so far, failures, time left: ``roofline 0.83, 12 failed, 3:05 left``."""
+    """``best so far 0.83 of roofline, 12 failed, 3:05 left``: the mean is geometric, over the problems timed."""
     words = []
     if now.fractions:
         mean = math.exp(sum(math.log(value) for value in now.fractions.values()) / len(now.fractions))
-        words.append(f"best so far {mean:.2f} of the roofline")
+        words.append(f"best so far {mean:.2f} of roofline")
     if failed := sum(now.failures.values()):
-        kinds = ", ".join(f"{status} {count}" for status, count in sorted(now.failures.items()))
-        words.append(f"{failed} failed ({kinds})")
+        words.append(f"{failed} failed")
     if now.phase == "search" and now.done:
         minutes, seconds = divmod(round(now.seconds_left), 60)
-        words.append(f"{minutes}:{seconds:02} left at most")
+        words.append(f"{minutes}:{seconds:02} left")
     return ", ".join(words)
