@@ -11,7 +11,7 @@ MIN_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Arch:
-    """A compile target and the limits a kernel for it must respect (CUDA C++ guide, table of technical specifications)."""
+    """A compile target and the limits a kernel for it must respect (CUDA C++ guide, technical specifications)."""
 
     name: str  # also the nvcc target: code=<name>
     capability: tuple[int, int]

@@ -29,7 +29,7 @@ class KernelConfig:
     num_stages: int  # depth of the shared-memory ring
     blocks_per_sm: int  # resident blocks the kernel is compiled for
     cluster_size: int  # blocks of a cluster; 1 = none
-    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: equal k ranges, fixed up in order
+    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: equal k ranges, summed in order
     dequant: str  # exact: zero point and scale applied in registers; deferred: to the fp32 sums of each group
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class KernelConfig:
         if not found:
             raise ValueError(f"not a kernel config key: {key!r}; example: {_EXAMPLE}")
         family, *numbers, partition, dequant = found.groups()
-        return cls(family, *map(int, numbers), partition, dequant)  # type: ignore[arg-type]
+        return cls(family, *map(int, numbers), partition, dequant)  # type: ignore[arg-type, call-arg]
 
 
 _EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"

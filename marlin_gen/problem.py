@@ -50,7 +50,8 @@ def check_shape(n: int, k: int, fmt: WeightFormat) -> None:
         if value <= 0 or value % SIZE_UNIT:
             padded = max(-(-value // SIZE_UNIT), 1) * SIZE_UNIT
             raise ValueError(
-                f"{name}={value} is not a positive multiple of {SIZE_UNIT}; pad the weight with zeros to {name}={padded} before packing"
+                f"{name}={value} is not a positive multiple of {SIZE_UNIT}; pad the weight with zeros to"
+                f" {name}={padded} before packing"
             )
     if k % fmt.group_size:
         divisors = [g for g in (32, 64, 128) if k % g == 0]

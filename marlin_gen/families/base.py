@@ -31,7 +31,8 @@ class LaunchShape:
     num_locks: int = 0  # int32 words, zero before the launch and zero again after it
 
 
-# Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the rest device pointers.
+# Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the others
+# device pointers.
 OPERANDS = ("a_map", "c_map", "a", "c", "weight", "scales", "partials", "locks")
 
 
@@ -80,7 +81,7 @@ class KernelFamily(Protocol):
         ...
 
     def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
-        """Grid and scalars. ``max_clusters`` is how many clusters (blocks, when cluster_size is 1) are resident at once."""
+        """Grid and scalars. ``max_clusters`` is how many clusters (blocks, if cluster_size is 1) are resident at once."""
         ...
 
 
