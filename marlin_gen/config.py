@@ -29,7 +29,7 @@ class KernelConfig:
     num_stages: int  # depth of the shared-memory ring
     blocks_per_sm: int  # resident blocks the kernel is compiled for
     cluster_size: int  # blocks of a cluster; 1 = none
-    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: equal k ranges, summed in order
+    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: even k ranges, in order
     dequant: str  # exact: zero point and scale applied in registers; deferred: to the fp32 sums of each group
 
     def __post_init__(self) -> None:

@@ -81,7 +81,7 @@ class KernelFamily(Protocol):
         ...
 
     def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
-        """Grid and scalars. ``max_clusters`` is how many clusters (blocks, if cluster_size is 1) are resident at once."""
+        """Grid and scalars. ``max_clusters`` is how many clusters (blocks, if cluster_size is 1) fit at once."""
         ...
 
 
