@@ -84,7 +84,7 @@ class MeasurementLog:
         """Open or continue ``path``. ValueError if it belongs to another GPU, protocol or writer."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _naming(path):
+        with naming(path):
             # Unbuffered: a line that did not fit on the disk must not be tried again on closing.
             self._file: RawIOBase = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
         try:
@@ -156,7 +156,7 @@ class MeasurementLog:
         self._file.close()
 
     def _append(self, row: dict[str, Any], *, sync: bool = False) -> None:
-        with _naming(self.path):
+        with naming(self.path):
             line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
             while line:  # a nearly full disk takes part of a line, and refuses the rest
                 line = line[self._file.write(line) or 0 :]
@@ -191,7 +191,7 @@ def pack(log: Path, recording: Path) -> None:
     _parse(content.splitlines(), log)
     recording.parent.mkdir(parents=True, exist_ok=True)
     temporary = recording.with_name(f".{recording.name}.{os.getpid()}")
-    with _naming(recording):
+    with naming(recording):
         temporary.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
         os.replace(temporary, recording)
 
@@ -230,7 +230,7 @@ def _rows(lines: list[bytes], path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line and run again") from error
 
 
-class _naming:
+class naming:
     """Turns a full disk into an error that names the file and says that what was written is kept."""
 
     def __init__(self, path: Path) -> None:

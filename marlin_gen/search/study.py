@@ -21,7 +21,7 @@ from optuna.trial import TrialState, create_trial
 
 from marlin_gen.config import KernelConfig
 from marlin_gen.problem import Problem
-from marlin_gen.record import cut_torn_tail
+from marlin_gen.record import cut_torn_tail, naming
 from marlin_gen.space import FIELDS, NUMBERS, Candidates
 
 STUDY_NAME = "marlin_gen"
@@ -111,18 +111,18 @@ class Journal:
     def start(self, configs: Iterable[KernelConfig]) -> None:
         """Show these as running. Those already there are left alone."""
         for config in configs:
-            if config.key not in self._trials:
-                params = {name: getattr(config, name) for name in FIELDS}
-                self._study.add_trial(
-                    create_trial(
-                        state=TrialState.RUNNING,
-                        params=params,
-                        distributions=self._space,
-                        user_attrs={"config": config.key},
-                    )
-                )
-                trial = self._study.get_trials(deepcopy=False)[-1]
-                self._trials[config.key] = (trial.number, trial._trial_id)
+            if config.key in self._trials:
+                continue
+            trial = create_trial(
+                state=TrialState.RUNNING,
+                params={name: getattr(config, name) for name in FIELDS},
+                distributions=self._space,
+                user_attrs={"config": config.key},
+            )
+            with naming(self.path):
+                self._study.add_trial(trial)
+            added = self._study.get_trials(deepcopy=False)[-1]
+            self._trials[config.key] = (added.number, added._trial_id)
 
     def finish(self, config: KernelConfig, value: float | None, attributes: Mapping[str, Any]) -> None:
         """``value``: the best roofline fraction over the problems; None: the candidate failed (told as PRUNED)."""
@@ -131,13 +131,14 @@ class Journal:
         self.start([config])
         number, trial_id = self._trials[config.key]
         trial = optuna.trial.Trial(self._study, trial_id)
-        for name, attribute in attributes.items():
-            trial.set_user_attr(name, attribute)
-        self._study.tell(number, value, state=TrialState.PRUNED if value is None else TrialState.COMPLETE)
+        with naming(self.path):
+            for name, attribute in attributes.items():
+                trial.set_user_attr(name, attribute)
+            self._study.tell(number, value, state=TrialState.PRUNED if value is None else TrialState.COMPLETE)
         self._finished.add(config.key)
 
     def reap(self, pending: Iterable[KernelConfig]) -> int:
-        """Tell running trials of configs that nobody will take up again as failed: their log is gone. Returns how many."""
+        """Tell running trials that nobody will take up again as failed: their log is gone. Returns how many."""
         keep = {config.key for config in pending}
         lost = [key for key in self._trials if key not in self._finished and key not in keep]
         for key in lost:

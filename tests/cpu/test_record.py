@@ -86,9 +86,9 @@ def test_unknown_kinds_are_skipped(tmp_path: Path) -> None:
 
 def test_refuses_another_gpu_version_or_file(tmp_path: Path) -> None:
     path = filled(tmp_path / "log")
-    with pytest.raises(ValueError, match="was measured on h100.*this is h200"):
+    with pytest.raises(ValueError, match=r"was measured on h100.*this is h200"):
         MeasurementLog(path, dataclasses.replace(synthetic.H100, bandwidth_gbs=4800, name="NVIDIA H200"))
-    with pytest.raises(ValueError, match="templates 'abc', this is 'def'.*remove the log"):
+    with pytest.raises(ValueError, match=r"templates 'abc', this is 'def'.*remove the log"):
         MeasurementLog(path, synthetic.H100, {"templates": "def"})
     MeasurementLog(path, synthetic.H100, {"templates": "abc"}).close()
     (tmp_path / "other").write_text('{"hello": 1}\n')

@@ -63,9 +63,9 @@ class Counting(ReplayMeasurer):
 
 
 def run(recording: Recording, folder: Path, measurer: ReplayMeasurer | None = None, **more: object) -> SearchResult:
-    arguments = {"options": OPTIONS, "candidates": recording.configs(), "build": synthetic.build, **more}
-    measurer = measurer or ReplayMeasurer(recording)
-    return tune(CELLS, measurer, folder / "log", study_path=folder / "study", **arguments)  # type: ignore[arg-type]
+    usual = {"options": OPTIONS, "candidates": recording.configs(), "build": synthetic.build}
+    arguments = {"study_path": folder / "study", **usual, **more}
+    return tune(CELLS, measurer or ReplayMeasurer(recording), folder / "log", **arguments)  # type: ignore[arg-type]
 
 
 def winners(result: SearchResult) -> dict[Problem, tuple[str, float | None]]:
@@ -228,6 +228,41 @@ def test_kill_9_loses_nothing(recording: Recording, tmp_path: Path) -> None:
     rerun = Counting(recording)
     assert winners(run(recording, folder, rerun)) == winners(whole)
     assert not rerun.asked and not rerun.finals_asked, "a finished tune has nothing left to time"
+
+
+FULL_DISK_TUNE = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_search
+from marlin_gen.record import load_recording
+recording = load_recording(Path({recording!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+try:
+    test_search.run(recording, Path({folder!r}), **{arguments})
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("full", ["log", "study"])
+def test_full_disk_is_told_and_the_tune_goes_on_later(recording: Recording, tmp_path: Path, full: str) -> None:
+    """The log, or the study (which is larger, so it is left out to see the log fail), outgrows what the disk takes."""
+    file = synthetic.save(recording, tmp_path / "recording.jsonl.gz")
+    folder = tmp_path / "full"
+    limit = 20_000 if full == "log" else 60_000  # bytes a file
+    script = FULL_DISK_TUNE.format(
+        tests=str(ROOT / "tests/cpu"), recording=str(file), limit=limit, folder=str(folder),
+        arguments={"study_path": None} if full == "log" else {},
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "free some space and run the same command again" in done.stdout and str(folder / full) in done.stdout
+    before = load_recording(folder / "log").measurements
+    assert before
+    measurer = Counting(recording)
+    resumed = run(recording, folder, measurer)
+    assert not {(m.plan, m.problem) for m in before} & set(measurer.asked)
+    assert winners(resumed) == winners(run(recording, tmp_path / "whole"))
 
 
 def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
