@@ -1,4 +1,4 @@
-"""The CUDA driver, through cuda-bindings (which CUDA builds of torch bring): identity, modules, tensor maps, launches."""
+"""The CUDA driver, through cuda-bindings (CUDA builds of torch bring it): identity, modules, tensor maps, launches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _driver() -> Any:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call the driver function ``name``; its single result, a tuple of several, or None. LaunchError unless it succeeds."""
+    """Call driver function ``name``: its result, a tuple of several, or None. LaunchError unless it succeeds."""
     status, *results = getattr(_driver(), name)(*arguments)
     if int(status):
         raise LaunchError(f"{name}: {status.name}")
@@ -34,7 +34,9 @@ def call(name: str, *arguments: Any) -> Any:
 
 def attribute(function: Any, name: str) -> int:
     """A function attribute such as NUM_REGS."""
-    return int(call("cuFuncGetAttribute", getattr(_driver().CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}"), function))
+    return int(
+        call("cuFuncGetAttribute", getattr(_driver().CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}"), function)
+    )
 
 
 def identify(device_index: int) -> Gpu:

@@ -57,7 +57,7 @@ class Workspace:
         self._locks: dict[int, torch.Tensor] = {}  # by stream
 
     def take(self, shape: LaunchShape, stream: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Partials and locks for a launch on ``stream``, which is the current stream; (None, None) where none are needed.
+        """Partials and locks for a launch on ``stream``, the current stream; (None, None) where none are needed.
 
         The caching allocator keeps the partials for this stream until what is queued on it now is done.
         """
@@ -95,14 +95,16 @@ class Launcher:
             function = driver.load(cubin, symbol, smem)
             resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
         if resident < 1:
-            raise LaunchError(f"{spec.key} does not fit on an SM of {self.gpu.name}: {smem} bytes of shared memory, {threads} threads")
+            raise LaunchError(
+                f"{spec.key} does not fit on an SM of {self.gpu.name}: {smem} bytes of shared memory, {threads} threads"
+            )
         return Kernel(spec, function, resident)
 
     def run(
         self, kernel: Kernel, plan: Plan, problem: Problem,
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """``out [m, n] = a [m, k] @ B^T`` on the current stream. Tensors are contiguous, 16-byte aligned, on this device."""
+        """``out [m, n] = a [m, k] @ B^T`` on the current stream; tensors contiguous, 16-byte aligned, on it."""
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
         self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks)

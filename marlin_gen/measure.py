@@ -38,7 +38,8 @@ class _Child:
     def __init__(self, device_index: int) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "marlin_gen.measure_worker", str(device_index)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env.child_environment(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=env.child_environment(),
         )  # fmt: skip
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._requests = 0
@@ -107,7 +108,12 @@ class GpuMeasurer:
         for job in jobs:
             waiting = list(job.plans)
             while waiting:
-                request = {"do": "screen", "kernel": _kernel(job.artifact), "problem": asdict(job.problem), "plans": [p.key for p in waiting]}
+                request = {
+                    "do": "screen",
+                    "kernel": _kernel(job.artifact),
+                    "problem": asdict(job.problem),
+                    "plans": [p.key for p in waiting],
+                }
                 try:
                     for answer in self._worker().ask(request):
                         waiting.pop(0)

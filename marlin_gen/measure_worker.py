@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_gen import driver
+from marlin_gen.baselines import Baselines
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.launch import Kernel
 from marlin_gen.measurement import Measurement
@@ -23,12 +24,20 @@ from marlin_gen.timing import Bench
 class Worker:
     def __init__(self, device_index: int) -> None:
         self.bench = Bench(device_index)
+        self._baselines: Baselines | None = None
         self._kernels: dict[str, Kernel | str] = {}  # by cubin path; a string says why it does not load
+
+    def baselines(self) -> Baselines:
+        if not self._baselines:
+            self._baselines = Baselines(self.bench)
+        return self._baselines
 
     def kernel(self, entry: dict[str, Any]) -> Kernel | str:
         if entry["cubin"] not in self._kernels:
             try:
-                loaded: Kernel | str = self.bench.launcher.load(Path(entry["cubin"]), entry["symbol"], KernelSpec.from_key(entry["spec"]))
+                loaded: Kernel | str = self.bench.launcher.load(
+                    Path(entry["cubin"]), entry["symbol"], KernelSpec.from_key(entry["spec"])
+                )
             except driver.LaunchError as error:
                 loaded = str(error)
             self._kernels[entry["cubin"]] = loaded
@@ -53,7 +62,7 @@ class Worker:
             yield found.to_json()
 
     def baseline(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        found = self.bench.baseline(Problem(**request["problem"]))
+        found = self.baselines().time(Problem(**request["problem"]))
         yield {"read_floor_us": found.read_floor_us, "cublas_us": found.cublas_us}
 
 

@@ -1,7 +1,7 @@
 """Write templates/include/marlin_gen/ptx/wgmma.cuh: one function per token tile, since PTX wants every register listed.
 
-    python tools/write_wgmma_header.py          # write it
-    python tools/write_wgmma_header.py --check  # exit 1 if it is not what this file writes
+python tools/write_wgmma_header.py          # write it
+python tools/write_wgmma_header.py --check  # exit 1 if it is not what this file writes
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 2
 PREAMBLE = """\
 // wgmma.mma_async with the A operand in registers (sm_90a). Written by tools/write_wgmma_header.py: do not edit.
 //
-// D[64 rows, kN columns] (+)= A[64, 16] * B[16, kN]: fp16 operands, fp32 sums. Warp w of the warpgroup holds rows 16 w .. 16 w + 15
-// in the lane map of mma.sync m16n8k16; B lies in shared memory as kN rows of 128 bytes (64 k), 128-byte swizzle.
+// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 operands, fp32 sums. Warp w of the warpgroup holds rows
+// 16 w .. 16 w + 15 in the lane map of mma.sync m16n8k16; B lies in shared memory as kN rows of 128 bytes (64 k) with a
+// 128-byte swizzle.
 #pragma once
 #include "marlin_gen/types.cuh"
 
@@ -33,7 +34,7 @@ __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Matrix descriptor of B: rows of 128 bytes, 8-row groups 1024 bytes apart, 128-byte swizzle. `address` is 1024-byte aligned.
+// Matrix descriptor of B: rows of 128 bytes, 8-row groups 1024 bytes apart, 128-byte swizzle, 1024-byte aligned.
 __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
   constexpr u64 kSwizzle128 = 1ull << 62, kStride1024 = 64ull << 32, kLeading = 1ull << 16;  // byte offsets / 16
   return kSwizzle128 | kStride1024 | kLeading | ((address & 0x3ffff) >> 4);
@@ -80,15 +81,13 @@ def instruction(tokens: int) -> str:
     return f"""
 template <>
 struct WgmmaM64K16<{tokens}> {{
-  // scale_d = 0 starts a sum, 1 adds to it.
-  __device__ static __forceinline__ void mma(float (&d)[{count}], u32 const (&a)[4], u64 b, int scale_d) {{
+  __device__ static __forceinline__ void mma(float (&d)[{count}], u32 const (&a)[4], u64 b) {{
     asm volatile(
-        "{{ .reg .pred p; setp.ne.b32 p, %{count + 5}, 0;"
-        " wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 {{"
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 {{"
 {listed}
-        "}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, p, 1, 1, 0; }}"
+        "}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"
         : {outputs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }}
 }};
 """

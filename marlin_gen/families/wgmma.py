@@ -52,23 +52,23 @@ class WgmmaFamily:
         if fmt.group_size % SLAB_K:
             return f"group_size={fmt.group_size} is not a multiple of {SLAB_K}, the k that shares a scale load"
         if c.dequant != "exact":
-            return (
-                "dequant=deferred would need the sum of each token's activations in every warpgroup: as many wgmmas again"
-            )
+            return "dequant=deferred needs each token's sum of activations in every warpgroup: as many wgmmas again"
         if (c.cluster_size > 1) != (c.partition == "clusterk"):
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):
             return f"block_m={c.block_m} is not 8 tokens for each of the cluster's {c.cluster_size} blocks"
-        if c.num_stages < max(2, c.warps_k):
-            return f"num_stages={c.num_stages} is less than {max(2, c.warps_k)}: each warpgroup along k needs a stage"
+        if c.num_stages < 2 * c.warps_k:
+            return f"num_stages={c.num_stages} is less than two for each of warps_k={c.warps_k} warpgroups along k"
         if (self.smem_bytes(c, fmt) + arch.smem_reserved) * c.blocks_per_sm > arch.smem_per_sm:
             return (
                 f"{c.blocks_per_sm} blocks of {self.smem_bytes(c, fmt)} bytes of shared memory do not fit the"
                 f" {arch.smem_per_sm} bytes of an SM"
             )
         if self.threads(c) * c.blocks_per_sm > arch.max_threads_per_sm:
-            return f"{c.blocks_per_sm} blocks of {self.threads(c)} threads are more than {arch.max_threads_per_sm} per SM"
-        needed = c.block_m // 2 + self.chunk_k(c) // 2 + ADDRESS_REGISTERS
+            return (
+                f"{c.blocks_per_sm} blocks of {self.threads(c)} threads are more than {arch.max_threads_per_sm} per SM"
+            )
+        needed = c.block_m // 2 + c.block_k // 2 + ADDRESS_REGISTERS
         if needed > self.consumer_registers(c, arch):
             return f"about {needed} registers are needed, a consumer has {self.consumer_registers(c, arch)}"
         return None
@@ -76,6 +76,8 @@ class WgmmaFamily:
     def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
         if problem.k % config.block_k:
             return f"k={problem.k} is not a multiple of block_k={config.block_k}"
+        if problem.k // config.block_k < config.cluster_size:
+            return f"k={problem.k} has fewer blocks of block_k={config.block_k} than cluster_size={config.cluster_size}"
         if self.num_tiles(config, problem) * (problem.k // config.block_k) >= 2**40:
             return f"m={problem.m} is too large"
         return None
@@ -91,7 +93,7 @@ class WgmmaFamily:
     )
 
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
-        """The winner of the smallest regime that holds m; where its tiles fill less than half a wave, the regime below."""
+        """The config of the smallest regime that holds m; where it fills less than half a wave, the regime below."""
         fitting = [c for limit, c in self._DEFAULTS if problem.m <= limit]
         config = fitting[0]
         smaller = [c for _, c in reversed(self._DEFAULTS[:-1]) if c.block_m <= config.block_m and c != config]
@@ -139,13 +141,8 @@ class WgmmaFamily:
         pool = self.max_registers(config, arch) // 8 * 8 * groups - self.producer_registers(config)
         return min(pool // (groups - 1) // 8 * 8, 240)
 
-    def chunk_k(self, config: KernelConfig) -> int:
-        """How much k is decoded ahead of the tensor cores."""
-        return config.block_k
-
     def template_values(self, spec: KernelSpec) -> dict[str, Any]:
         return {
-            "chunk_k": self.chunk_k(spec.config),
             "producer_registers": self.producer_registers(spec.config),
             "consumer_registers": self.consumer_registers(spec.config, spec.arch_row),
         }
