@@ -6,16 +6,19 @@ import ctypes
 import math
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from marlin_gen import driver, env
-from marlin_gen.measurement import Baseline
+from marlin_gen.config import Plan
+from marlin_gen.launch import Kernel
+from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.operands import ROTATE_L2S, Shape
 from marlin_gen.problem import Problem
 from marlin_gen.reference import dequantize
-from marlin_gen.timing import FINAL_REPLAYS, Bench, Graph, calls_of, interleaved
+from marlin_gen.timing import Bench, Graph, calls_of
 from marlin_gen.toolchain import find_toolchain
 
 READ_THREADS = 512  # __launch_bounds__ of templates/read_floor.cu
@@ -31,12 +34,14 @@ class Baselines:
         self._read_floor = load_plain_kernel("read_floor", self._gpu.arch.name)
         self._never = torch.zeros(1, dtype=torch.int32, device=bench.device)
 
-    def time(self, problem: Problem, replays: int = FINAL_REPLAYS) -> Baseline:
+    def compare(
+        self, problem: Problem, entries: Sequence[tuple[Kernel, Plan]] = ()
+    ) -> tuple[list[Measurement], Baseline]:
+        """The entries and both yardsticks, interleaved."""
         shape = self._bench.shape(problem)
-        floors = interleaved(self._read_graphs(shape, calls_of(problem)), replays)
-        [cublas] = interleaved([self._cublas_graph(shape, problem)], replays)
-        assert cublas
-        return Baseline(problem, min(spread.us for spread in floors if spread), cublas.us)
+        yardsticks = [self._cublas_graph(shape, problem), *self._read_graphs(shape, calls_of(problem))]
+        found, [cublas, *floors] = self._bench.finals(problem, entries, yardsticks)
+        return found, Baseline(problem, min(spread.us for spread in floors), cublas.us)
 
     def _read_graphs(self, shape: Shape, calls: int) -> list[Graph]:
         blobs = [

@@ -103,10 +103,9 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]]) -> Iterator[BenchRow | Measurement]:
-    """Time each choice beside cuBLAS and the read floor, in one run; one that fails is yielded as it was measured."""
+    """Time each choice beside cuBLAS and the read floor, interleaved; one that fails is yielded as it was measured."""
     for problem, artifact, plan in choices:
-        (baseline,) = measurer.baselines([problem])
-        (found,) = measurer.finals(problem, [(artifact, plan)])
+        baseline, (found,) = measurer.compare(problem, [(artifact, plan)])
         if not found.ok or found.us is None or found.relative_error is None:
             yield found
             continue

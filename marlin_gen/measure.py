@@ -124,26 +124,36 @@ class GpuMeasurer:
                         yield Measurement(job.problem, waiting.pop(0), lost.status, detail=str(lost))
 
     def finals(self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]) -> list[Measurement]:
-        request = {
-            "do": "finals", "problem": asdict(problem),
-            "entries": [{**_kernel(artifact), "plan": plan.key} for artifact, plan in entries],
-        }  # fmt: skip
         try:
-            return [Measurement.from_json(answer) for answer in self._worker().ask(request)]
+            return [Measurement.from_json(answer) for answer in self._ask_finals(problem, entries, yardsticks=False)]
         except WorkerLost as lost:
             self.close()
             if len(entries) == 1:
                 return [Measurement(problem, entries[0][1], lost.status, detail=str(lost))]
             return [row for entry in entries for row in self.finals(problem, [entry])]  # each alone: one of them is bad
 
+    def compare(
+        self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]
+    ) -> tuple[Baseline, list[Measurement]]:
+        """``finals`` with the yardsticks in the same interleaved rounds; a LaunchError where the GPU fails on them."""
+        try:
+            yardsticks, *rows = self._ask_finals(problem, entries, yardsticks=True)
+        except WorkerLost as lost:
+            self.close()
+            raise LaunchError(f"cannot time {problem}: {lost}") from lost
+        baseline = Baseline(problem, yardsticks["read_floor_us"], yardsticks["cublas_us"])
+        return baseline, [Measurement.from_json(row) for row in rows]
+
     def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
         for problem in problems:
-            try:
-                [answer] = self._worker().ask({"do": "baseline", "problem": asdict(problem)})
-            except WorkerLost as lost:
-                self.close()
-                raise LaunchError(f"cannot time cuBLAS on {problem}: {lost}") from lost
-            yield Baseline(problem, answer["read_floor_us"], answer["cublas_us"])
+            yield self.compare(problem, [])[0]
+
+    def _ask_finals(
+        self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]], yardsticks: bool
+    ) -> list[dict[str, Any]]:
+        kernels = [{**_kernel(artifact), "plan": plan.key} for artifact, plan in entries]
+        request = {"do": "finals", "problem": asdict(problem), "entries": kernels, "yardsticks": yardsticks}
+        return list(self._worker().ask(request))
 
     def close(self) -> None:
         if self._child:

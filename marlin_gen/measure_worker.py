@@ -56,14 +56,15 @@ class Worker:
         problem = Problem(**request["problem"])
         entries = [(self.kernel(entry), Plan.from_key(entry["plan"])) for entry in request["entries"]]
         good = [(kernel, plan) for kernel, plan in entries if not isinstance(kernel, str)]
-        timed = iter(self.bench.finals(problem, good))
+        if request["yardsticks"]:
+            found, baseline = self.baselines().compare(problem, good)
+            yield {"read_floor_us": baseline.read_floor_us, "cublas_us": baseline.cublas_us}
+        else:
+            found, _ = self.bench.finals(problem, good)
+        timed = iter(found)
         for kernel, plan in entries:
-            found = Measurement(problem, plan, "launch", detail=kernel) if isinstance(kernel, str) else next(timed)
-            yield found.to_json()
-
-    def baseline(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        found = self.baselines().time(Problem(**request["problem"]))
-        yield {"read_floor_us": found.read_floor_us, "cublas_us": found.cublas_us}
+            row = Measurement(problem, plan, "launch", detail=kernel) if isinstance(kernel, str) else next(timed)
+            yield row.to_json()
 
 
 def main() -> None:

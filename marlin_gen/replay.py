@@ -36,6 +36,12 @@ class ReplayMeasurer:
         rows = [self._finals.get(pair) or self._screen.get(pair) for pair in pairs]
         return [row for row in rows if row is not None]
 
+    def compare(
+        self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]
+    ) -> tuple[Baseline, list[Measurement]]:
+        (baseline,) = self.baselines([problem])
+        return baseline, self.finals(problem, entries)
+
     def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
         for problem in problems:
             if problem not in self.recording.baselines:

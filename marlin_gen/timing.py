@@ -7,6 +7,7 @@ several times the L2 cache, so that they come from DRAM as in a model; activatio
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from marlin_gen.problem import Problem
 
 GRAPH_US = 1000.0  # aim of one graph's length: long against its launch
 MIN_CALLS, MAX_CALLS = 3, 60
-SCREEN_REPLAYS, FINAL_REPLAYS = 6, 15
+SCREEN_REPLAYS, FINAL_REPLAYS = 6, 13
+PAUSE_SECONDS = 0.1  # large products reach the power limit, and then what ran before decides the clock
 GIVE_UP_RATIO = 1.5  # a screened plan this much slower than the cell's best so far gets one replay
 
 
@@ -142,21 +144,26 @@ class Bench:
         return (error if math.isfinite(error) else None), "wrong"
 
     def finals(
-        self, problem: Problem, entries: Sequence[tuple[Kernel, Plan]], replays: int = FINAL_REPLAYS
-    ) -> list[Measurement]:
-        """Time the entries against each other: one replay of each in turn, so that drift meets all alike."""
+        self, problem: Problem, entries: Sequence[tuple[Kernel, Plan]], yardsticks: Sequence[Graph] = ()
+    ) -> tuple[list[Measurement], list[Spread]]:
+        """Time the entries, and the yardsticks beside them, against each other: one replay of each in turn.
+
+        Drift then meets all alike. A pause before keeps one problem's heat from the next.
+        """
         checked = [self.check(kernel, plan, problem) for kernel, plan in entries]
         graphs = [
             None if failure else self._graph(kernel, plan, problem)
             for (kernel, plan), (_, failure) in zip(entries, checked, strict=True)
         ]
-        spreads = interleaved(graphs, replays)
-        return [
+        time.sleep(PAUSE_SECONDS)
+        spreads = interleaved([*graphs, *yardsticks], FINAL_REPLAYS)
+        found = [
             Measurement(problem, plan, "ok", spread.us, spread.low, spread.high, error)
             if spread
             else Measurement(problem, plan, failure or "wrong", relative_error=error)
-            for (_, plan), (error, failure), spread in zip(entries, checked, spreads, strict=True)
+            for (_, plan), (error, failure), spread in zip(entries, checked, spreads[: len(entries)], strict=True)
         ]
+        return found, [spread for spread in spreads[len(entries) :] if spread]
 
     def _graph(self, kernel: Kernel, plan: Plan, problem: Problem) -> Graph:
         shape = self.shape(problem)

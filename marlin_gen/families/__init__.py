@@ -13,7 +13,7 @@ FAMILIES = Registry({"mma": MMA, "wgmma": WGMMA})
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
-    """What runs without a table: wgmma where the GPU has it and m > 8, mma elsewhere."""
+    """What runs without a table: wgmma where the GPU has it and m > 16, mma elsewhere."""
     wgmma = WGMMA.default(problem, gpu)
     usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
-    return wgmma if usable and problem.m > 8 else MMA.default(problem, gpu)
+    return wgmma if usable and problem.m > 16 else MMA.default(problem, gpu)

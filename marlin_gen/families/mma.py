@@ -37,10 +37,10 @@ def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, 
 # two to seven row blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
 _DEFAULTS = {
     "sm_90a": (
-        _config(8, 32, 16, 4, "deferred"), _config(8, 48, 8, 4, "deferred"), _config(8, 64, 8, 4, "deferred"),
-        _config(8, 112, 4, 4, "deferred", blocks=2),
-        _config(16, 32, 16, 3, "deferred"), _config(16, 64, 8, 4, "deferred"),
-        _config(32, 64, 8, 3, "exact"), _config(64, 64, 8, 2, "exact"),
+        _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 16, 3, "deferred"), _config(8, 64, 8, 4, "deferred"),
+        _config(16, 32, 8, 3, "deferred", k=128), _config(16, 48, 8, 3, "deferred", k=128),
+        _config(16, 112, 4, 2, "deferred", blocks=2),
+        _config(32, 32, 8, 2, "exact", k=128), _config(64, 64, 8, 2, "exact"),
     ),
     "sm_80": (
         _config(8, 32, 16, 4, "deferred"), _config(8, 48, 8, 4, "deferred"), _config(8, 64, 8, 4, "deferred"),
@@ -140,12 +140,12 @@ class MmaFamily:
         configs = _DEFAULTS[arch.name]
         tile = min((c.block_m for c in configs if c.block_m >= problem.m), default=max(c.block_m for c in configs))
 
-        def rows_of_an_sm(config: KernelConfig) -> int:
+        def rows_of_an_sm(config: KernelConfig) -> float:
             resident = gpu.num_sms * config.blocks_per_sm
             rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
             pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
             passes = _ceil_div(rows, pass_rows)
-            return passes * pass_rows + passes  # a pass costs about as much as one more row block: its sums
+            return passes * pass_rows + passes / 2  # adding up a pass costs about as much as half a row block
 
         return Plan(min((c for c in configs if c.block_m == tile), key=rows_of_an_sm))
 

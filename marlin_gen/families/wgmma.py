@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,25 @@ TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 2
 SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
 ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
 OPERANDS = ("a_map", "c_map", "weight", "scales", "partials", "locks")
+
+
+# Good without a table: winners of the H100 recording that between them cover it.
+_DEFAULTS = tuple(
+    KernelConfig("wgmma", block_m, block_n, block_k, block_n // 16, 1, num_stages, 1, cluster_size, partition, "exact")
+    for block_m, block_n, block_k, num_stages, cluster_size, partition in (
+        (16, 64, 256, 12, 1, "tiles"),
+        (32, 64, 256, 8, 1, "tiles"),
+        (32, 64, 256, 8, 2, "clusterk"),
+        (64, 64, 256, 5, 1, "tiles"),
+        (64, 64, 256, 5, 2, "clusterk"),
+        (64, 64, 256, 5, 1, "striped"),
+        (64, 128, 256, 4, 1, "tiles"),
+        (128, 128, 128, 4, 1, "tiles"),
+        (128, 128, 128, 4, 1, "striped"),
+        (256, 128, 64, 4, 1, "tiles"),
+    )
+)
+_ANY_K = KernelConfig("wgmma", 64, 64, 64, 4, 1, 12, 1, 1, "tiles", "exact")  # serves every k of the layout
 
 
 class WgmmaFamily:
@@ -82,29 +102,30 @@ class WgmmaFamily:
             return f"m={problem.m} is too large"
         return None
 
-    # Good without a table: the measured winners of each regime, by tokens up to.
-    _DEFAULTS = (
-        (16, KernelConfig("wgmma", 16, 64, 256, 4, 1, 6, 2, 1, "tiles", "exact")),
-        (32, KernelConfig("wgmma", 32, 64, 256, 4, 1, 8, 1, 1, "tiles", "exact")),
-        (64, KernelConfig("wgmma", 64, 64, 256, 4, 1, 5, 1, 1, "tiles", "exact")),
-        (128, KernelConfig("wgmma", 128, 64, 128, 4, 1, 5, 1, 1, "tiles", "exact")),
-        (256, KernelConfig("wgmma", 128, 128, 128, 8, 1, 4, 1, 1, "tiles", "exact")),
-        (1 << 30, KernelConfig("wgmma", 256, 128, 64, 8, 1, 4, 1, 1, "tiles", "exact")),
-    )
-
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
-        """The config of the smallest regime that holds m; where it fills less than half a wave, the regime below."""
-        fitting = [c for limit, c in self._DEFAULTS if problem.m <= limit]
-        config = fitting[0]
-        smaller = [c for _, c in reversed(self._DEFAULTS[:-1]) if c.block_m <= config.block_m and c != config]
-        for candidate in smaller:
-            if self.num_tiles(config, problem) * 2 > gpu.num_sms or candidate.block_m * 4 < min(problem.m, 128):
-                break
-            config = candidate
+        """Of the default configs that can serve the problem, the one with the least estimated work per SM."""
+        usable = [c for c in _DEFAULTS if self.reject_problem(c, problem) is None] or [_ANY_K]
+        config = min(usable, key=lambda c: self._work(c, problem, gpu.num_sms))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
 
+    def _work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
+        """What the busiest SM does, in multiply-adds. On the 32 cells of tools/FACTS.md it is 3 % from the best found.
+
+        Its constants are fitted to those: a token tile costs as much as 16 tokens more (decoding); a lone warpgroup of
+        64 features is 1.3 times slower than two; stripes cost 1.15; to split a tile costs 1200 k of it (the sums).
+        """
+        c = config
+        tile = c.block_n * (c.block_m + 16) * problem.k * (1.3 if c.block_n == 64 else 1.0)
+        split = 1200 * c.block_n * c.block_m
+        waves = self.num_tiles(c, problem) / (num_sms * c.blocks_per_sm // c.cluster_size)
+        if c.partition == "striped":
+            return waves * tile * 1.15 + split
+        if c.partition == "clusterk":
+            return math.ceil(waves) * (tile / c.cluster_size + split)
+        return math.ceil(waves) * tile
+
     def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
-        return [c for _, c in self._DEFAULTS if self.reject_reason(c, fmt, arch) is None]
+        return [c for c in (*_DEFAULTS, _ANY_K) if self.reject_reason(c, fmt, arch) is None]
 
     def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
         tiles_m, tiles_n = -(-problem.m // config.block_m), -(-problem.n // config.block_n)
