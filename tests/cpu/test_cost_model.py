@@ -49,16 +49,16 @@ def predicted() -> tuple[list[KernelConfig], np.ndarray]:
 def test_predicts_the_winners_times(predicted: tuple[list[KernelConfig], np.ndarray]) -> None:
     configs, us = predicted
     ratios = [us[configs.index(KernelConfig.from_key(key)), j] / true for j, (*_, true, key) in enumerate(WINNERS)]
-    assert min(ratios) > 0.65 and max(ratios) < 1.5
-    assert np.std(np.log(ratios)) < 0.15
+    assert min(ratios) > 0.85 and max(ratios) < 1.15
+    assert np.std(np.log(ratios)) < 0.08
 
 
 @pytest.mark.parametrize("j", range(len(WINNERS)), ids=lambda j: "{}x{}-m{}".format(*WINNERS[j]))
 def test_winners_rank_high_and_pass_the_first_gate(predicted: tuple[list[KernelConfig], np.ndarray], j: int) -> None:
     configs, us = predicted
     winner = us[configs.index(KernelConfig.from_key(WINNERS[j][-1])), j]
-    assert (us[:, j] < winner).mean() < 0.10
-    assert winner / us[:, j].min() < 1.5 * Calibrated.UNFITTED_MARGIN
+    assert (us[:, j] < winner).mean() < 0.01
+    assert winner / us[:, j].min() < 1.25
 
 
 def test_screens_most_of_the_space(predicted: tuple[list[KernelConfig], np.ndarray]) -> None:
@@ -83,6 +83,6 @@ def test_correction_learns_what_the_arithmetic_leaves_out() -> None:
     assert not model.is_fitted and model.gate(1.5) > 1.5
     measured[::2] = truth[::2]
     model.fit(measured)
-    assert model.is_fitted and model.gate(1.5) == 1.5
+    assert model.is_fitted and 1 < model.gate(1.5) <= 1.5 and model.gate(1.01) == 1.01
     after = np.log(model.us[1::2] / truth[1::2]).std()
     assert after < before * 2 / 3, (before, after)
