@@ -1,0 +1,218 @@
+"""Launches every shipped kernel once on a small problem, with numpy and the driver alone, for compute-sanitizer.
+
+torch would start slowly under it and allocate from one pool, in which an overrun hits the neighbour unseen; here each
+operand is an allocation of its exact size. Run by tools/sanitize.py; alone, it checks the numbers of every kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from marlin_gen import driver  # noqa: E402
+from marlin_gen.config import KernelConfig, KernelSpec, Plan  # noqa: E402
+from marlin_gen.dispatch import find_tables  # noqa: E402
+from marlin_gen.driver import call  # noqa: E402
+from marlin_gen.families import FAMILIES  # noqa: E402
+from marlin_gen.measurement import ERROR_LIMIT  # noqa: E402
+from marlin_gen.problem import Problem  # noqa: E402
+from marlin_gen.table import DispatchTable  # noqa: E402
+
+NAN_F16 = 0x7E00
+MMA_RANGES = 3  # clusters along the features of a mma case
+
+
+class Case(NamedTuple):
+    """One launch: small, yet its ring wraps, some block does several tiles, and the last token tile is partial."""
+
+    plan: Plan
+    problem: Problem
+    max_clusters: int  # as if no more were resident: a small grid still has blocks with several tiles
+
+    @classmethod
+    def of(cls, spec: KernelSpec) -> Case:
+        config = spec.config
+        n, min_k = _mma_sizes(config) if config.family == "mma" else _wgmma_sizes(config)
+        unit = math.lcm(spec.format_row.group_size, config.block_k)
+        problem = Problem(n, -(-min_k // unit) * unit, config.block_m + 9, spec.weight_format, spec.act_dtype)
+        raster = FAMILIES.of(config).rasters(config, problem)[-1]
+        return cls(Plan(config, raster), problem, _max_clusters(config, problem))
+
+
+def _wgmma_sizes(config: KernelConfig) -> tuple[int, int]:
+    """n and k for two feature tiles, the second half empty where it can be, and a ring that wraps for every block."""
+    shares = 2.3 if config.partition == "striped" else config.cluster_size
+    return config.block_n + 64, math.ceil(shares * (config.num_stages + 1)) * config.block_k
+
+
+def _mma_sizes(config: KernelConfig) -> tuple[int, int]:
+    """n and k so that a cluster does two passes or more over its rows, the last one partial where it can be."""
+    blocks = config.block_n // 16
+
+    def fits(n: int) -> bool:
+        rows = -(-n // 16 // MMA_RANGES)
+        return rows > blocks and (blocks == 1 or rows % blocks != 0)
+
+    n = next(n for n in range(64, 1 << 14, 64) if fits(n))
+    return n, config.block_k * config.warps_k * config.cluster_size * (config.num_stages + 1)
+
+
+def _max_clusters(config: KernelConfig, problem: Problem) -> int:
+    """mma: so few that rows are shared out by MMA_RANGES; wgmma: two, or stripes that cut some tile into three."""
+    token_tiles = -(-problem.m // config.block_m)
+    if config.family == "mma":
+        return MMA_RANGES * token_tiles
+    if config.partition != "striped":
+        return 2
+    work = token_tiles * -(-problem.n // config.block_n) * (problem.k // config.block_k)
+    return -(-work // (config.num_stages + 1))
+
+
+class Operands(NamedTuple):
+    weight: np.ndarray  # uint32 words, packed
+    scales: np.ndarray  # f16, packed
+    decoded: np.ndarray  # f32 [n, k], the reference's weight
+
+
+@lru_cache(maxsize=64)
+def operands(n: int, k: int, group_size: int) -> Operands:
+    """A random weight, the same on every call."""
+    random = np.random.default_rng(n * 65536 + k)
+    codes = random.integers(0, 16, (n, k), dtype=np.uint8)
+    scales = random.uniform(0.005, 0.025, (n, k // group_size)).astype(np.float16)
+    return Operands(pack_codes(codes), pack_scales(scales), decode(codes, scales))
+
+
+def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The weight f32 [n, k] of codes uint8 [n, k] and scales f16 [n, groups], unrounded."""
+    centred = codes.astype(np.float32).reshape(*scales.shape, -1) - 8
+    return (centred * scales[:, :, None].astype(np.float32)).reshape(codes.shape)
+
+
+def pack_codes(codes: np.ndarray) -> np.ndarray:
+    """uint8 [n, k] to the packed uint32 [n / 64, k / 64, 512]: ``layout.pack`` without torch (a test compares them)."""
+    n, k = codes.shape
+    # n64, row block, row half, g, k64, step, k half, t, parity -> n64, k64, row block, g, t, step, parity, k half, half
+    blocks = codes.reshape(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2).transpose(0, 4, 1, 3, 7, 5, 8, 6, 2)
+    nibbles = blocks.reshape(n // 64, k // 64, 512, 8).astype(np.uint32)
+    return np.bitwise_or.reduce(nibbles << np.arange(0, 32, 4, dtype=np.uint32), axis=-1)
+
+
+def pack_scales(scales: np.ndarray) -> np.ndarray:
+    """f16 [n, groups] to the packed f16 [n / 64, groups, 64]."""
+    n, groups = scales.shape
+    pairs = scales.reshape(n // 64, 4, 2, 8, groups).transpose(0, 4, 1, 3, 2)
+    return np.ascontiguousarray(pairs).reshape(n // 64, groups, 64)
+
+
+class Buffer:
+    """Device memory of exactly ``array``'s size, filled with it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.host = np.ascontiguousarray(array)
+        self.handle = call("cuMemAlloc", self.host.nbytes)
+        call("cuMemcpyHtoD", self.handle, self.host.ctypes.data, self.host.nbytes)
+
+    def read(self) -> np.ndarray:
+        call("cuMemcpyDtoH", self.host.ctypes.data, self.handle, self.host.nbytes)
+        return self.host
+
+    def free(self) -> None:
+        with suppress(driver.LaunchError):  # after a fault nothing can be freed, and the fault is what counts
+            call("cuMemFree", self.handle)
+
+
+def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
+    """Load and launch a kernel on its case: the relative error. LaunchError when the driver refuses."""
+    case = Case.of(spec)
+    config, p = spec.config, case.problem
+    family = FAMILIES.of(config)
+    threads, smem = family.threads(config), family.smem_bytes(config, spec.format_row)
+    function = driver.load(cubin, symbol, smem)
+    resident = driver.resident_clusters(function, threads, smem, config.cluster_size, num_sms)
+    shape = family.launch_shape(case.plan, p, num_sms, min(resident, case.max_clusters))
+    print(f"case {spec.key} symbol={symbol} n={p.n} k={p.k} m={p.m} grid={shape.grid}", flush=True)
+
+    given = operands(p.n, p.k, spec.format_row.group_size)
+    a = np.random.default_rng(p.m).standard_normal((p.m, p.k)).astype(np.float16)
+    arrays = {
+        "a": a,
+        "c": np.full((p.m, p.n), NAN_F16, np.uint16),
+        "weight": given.weight,
+        "scales": given.scales,
+        "partials": np.full(max(shape.partials_bytes // 4, 1), np.nan, np.float32),
+        "locks": np.zeros(max(shape.num_locks, 1), np.int32),
+    }
+    buffers = {name: Buffer(array) for name, array in arrays.items()}
+    try:
+        arguments: list[Any] = []
+        for name in shape.operands:
+            if name == "a_map":
+                arguments.append(driver.tensor_map(int(buffers["a"].handle), p.m, p.k, shape.a_box))
+            elif name == "c_map":
+                arguments.append(driver.tensor_map(int(buffers["c"].handle), p.m, p.n, shape.c_box))
+            else:
+                arguments.append(ctypes.c_uint64(int(buffers[name].handle)))
+        arguments.extend(map(ctypes.c_int32, shape.scalars))
+        launch_config = driver.launch_config(shape.grid, shape.threads, shape.smem_bytes, shape.cluster)
+        driver.launch(function, launch_config, arguments, 0)
+        call("cuCtxSynchronize")
+        c = buffers["c"].read().view(np.float16).astype(np.float32)
+        if (locks := buffers["locks"].read()).any():
+            raise driver.LaunchError(f"locks are not zero afterwards: {locks.tolist()}")
+    finally:
+        for buffer in buffers.values():
+            buffer.free()
+    reference = a.astype(np.float32) @ given.decoded.T
+    return float(np.linalg.norm(c - reference) / np.linalg.norm(reference))
+
+
+def shipped(tables: list[DispatchTable], capability: tuple[int, int]) -> dict[str, tuple[Path, str]]:
+    """Cubin and symbol by spec key of every intact kernel in tables for GPUs of this compute capability."""
+    found: dict[str, tuple[Path, str]] = {}
+    for table in tables:
+        for key, kernel in table.kernels.items():
+            if table.gpu.capability == capability and key not in found and (cubin := table.cubin(key)):
+                found[key] = cubin, kernel.symbol
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, help="a table's folder (default: every table for this GPU)")
+    parser.add_argument("--specs", nargs="*", default=[], metavar="KEY", help="only these kernels")
+    options = parser.parse_args()
+    gpu = driver.identify(0)
+    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", 0)))
+    tables = [DispatchTable.load(options.table)] if options.table else find_tables()
+    kernels = shipped([table for table in tables if table], gpu.capability)
+    if missing := [key for key in options.specs if key not in kernels]:
+        parser.error(f"no table for this GPU ships {missing[0]}")
+    failed = 0
+    for key in options.specs or sorted(kernels):
+        try:
+            error = run(KernelSpec.from_key(key), *kernels[key], gpu.num_sms)
+        except driver.LaunchError as refused:
+            failed += 1
+            print(f"failed {key}: {refused}", flush=True)
+            continue
+        wrong = not error < ERROR_LIMIT  # also for NaN
+        failed += wrong
+        print(f"failed {key}: relative error {error:.2e}" if wrong else f"done {key} error={error:.2e}", flush=True)
+    print(f"{len(options.specs or kernels)} kernels, {failed} failed", flush=True)
+    return 1 if failed or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
