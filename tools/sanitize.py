@@ -72,7 +72,8 @@ def parse(tool: str, text: str, returncode: int) -> Report:
         faults[key] = ["did not finish"]
     counts = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     if not counts:
-        faults.setdefault("", []).append(f"{tool} printed no summary; exit status {returncode}")
+        said = [" ".join(block[:2]) for block in _blocks(text)]
+        faults[""] = [f"{tool} printed no summary; exit status {returncode}", *said]
     elif any(int(number) for pair in counts for number in pair if number) and not faults:
         faults[""] = [" ".join(block[:2]) for block in _blocks(text)] or ["reports, but none that names a kernel"]
     if returncode and not faults:

@@ -138,6 +138,7 @@ def test_a_fault_names_its_kernel_wherever_it_is_printed(tool, found):
         (CLEAN, 255, ""),
         (CLEAN + NO_ERRORS, 1, ""),
         (CLEAN + "========= Internal error\n=========\n========= ERROR SUMMARY: 1 error\n", 9, ""),
+        ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", 255, ""),
     ],
 )
 def test_what_is_not_clean(text, returncode, at_fault):
