@@ -201,7 +201,8 @@ class Calibrated:
     RIDGE: ClassVar[float] = 1.0
     NEEDED: ClassVar[int] = 24  # fewer measured pairs say too little
     UNFITTED_MARGIN: ClassVar[float] = 1.2  # the arithmetic by itself errs more
-    GATE_SPREADS: ClassVar[float] = 2.5  # a pair that much slower than the best is best once in 160 times
+    LEAST_GATE: ClassVar[float] = 1.1  # timings that are quick to take have errors of their own
+    GATE_SPREADS: ClassVar[float] = 3.0  # a pair predicted that much slower than the best is best once in 700 times
 
     @classmethod
     def start(cls, features: NDArray[np.floating], problems: Sequence[Problem], prior_us: Array) -> Calibrated:
@@ -223,7 +224,7 @@ class Calibrated:
         """
         if not self.is_fitted:
             return steady * self.UNFITTED_MARGIN
-        return min(steady, float(np.exp(self.GATE_SPREADS * self.spread)))
+        return min(steady, max(float(np.exp(self.GATE_SPREADS * self.spread)), self.LEAST_GATE))
 
     def fit(self, measured_us: Array) -> None:
         """``measured_us``: (configs, problems), NaN where nothing was measured."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import FAMILIES, default_plan
 from marlin_gen.formats import weight_format
 from marlin_gen.measurement import Measurer
 from marlin_gen.problem import Problem
@@ -101,5 +101,6 @@ def check_problems(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _defaults(problems: Sequence[Problem], gpu: Gpu) -> list[Plan]:
-    """Every family's default of every problem."""
-    return list(dict.fromkeys(f.default(p, gpu) for p in problems for f in FAMILIES.rows.values()))
+    """What would run without a table, then every family's default of every problem."""
+    defaults = [default_plan(problem, gpu) for problem in problems]
+    return list(dict.fromkeys([*defaults, *(f.default(p, gpu) for p in problems for f in FAMILIES.rows.values())]))

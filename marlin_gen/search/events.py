@@ -19,8 +19,8 @@ class TuneOptions:
     budget_s: float | None = None  # wall-clock seconds for everything, the finals included; None: no limit
     seed: int = 0
     batch_size: int = 24  # candidates compiled while as many are timed
-    finalists: int = 4  # per problem, re-timed against each other and the defaults
-    patience: int = 6  # batches without progress on any problem before the search ends early
+    finalists: int = 4  # per problem, re-timed against each other and the default
+    patience: int = 12  # batches without progress on any problem before the search ends early
     gate: float = 1.5  # a pair predicted to take longer than this many times the problem's best is not timed
     finals_share: float = 0.2  # of budget_s, kept for the finals
 

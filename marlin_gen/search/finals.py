@@ -1,16 +1,19 @@
-"""The last round: per problem the best few and the defaults, timed against each other; the winner is the row."""
+"""The last round: per problem the best few and the default, timed against each other; the winner is the row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from marlin_gen.config import KernelConfig, Plan
-from marlin_gen.dispatch import Dispatcher
-from marlin_gen.families import FAMILIES
+from marlin_gen.config import Plan
+from marlin_gen.families import default_plan
 from marlin_gen.measurement import Artifact, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.search.events import CellResult
 from marlin_gen.search.tuner import Tuner
+
+# A plan slower than this many times the best has nothing to win, and where power limits the clock it would slow down
+# whoever is timed next to it.
+FINALS_MARGIN = 1.5
 
 
 def final_rounds(tuner: Tuner) -> dict[Problem, list[Measurement]]:
@@ -46,24 +49,20 @@ def results(tuner: Tuner, rounds: Mapping[Problem, Sequence[Measurement]]) -> li
         ranked = finals or [row for row in tuner.trials.ranked(problem) if row.plan.config not in unfit]
         if not ranked or problem not in tuner.baselines:
             continue
-        default = default_plan(tuner, problem)
-        timed = {row.plan: row for row in ranked}
-        fallback = tuner.trials.by_pair.get((default, problem)) if not finals else None
+        default = default_plan(problem, tuner.measurer.gpu)
+        screened = tuner.trials.by_pair.get((default, problem))
+        if screened is not None and (not screened.ok or default.config in unfit):
+            screened = None
         cells.append(
             CellResult(
                 problem,
                 min(ranked, key=lambda row: (row.us, row.plan.key)),
-                timed.get(default, fallback),
+                next((row for row in ranked if row.plan == default), screened),
                 tuner.baselines[problem],
                 tuple(finals),
             )
         )
     return cells
-
-
-def default_plan(tuner: Tuner, problem: Problem) -> Plan:
-    """What dispatch would run without any table."""
-    return next(choice.plan for choice in Dispatcher(tuner.measurer.gpu, ()).choose(problem))
 
 
 def needed_artifacts(tuner: Tuner, cells: Sequence[CellResult]) -> list[Artifact]:
@@ -74,16 +73,13 @@ def needed_artifacts(tuner: Tuner, cells: Sequence[CellResult]) -> list[Artifact
 
 
 def _finalists(tuner: Tuner, problem: Problem) -> list[Plan]:
-    """The best few, one plan per config, and every family's default that worked."""
+    """The best few, one plan per config, and what would run without a table; all near enough to the best to win."""
     ranked = tuner.trials.ranked(problem)
-    plans = [row.plan for row in ranked[: tuner.options.finalists]]
-    for family in FAMILIES.rows.values():
-        plan = family.default(problem, tuner.measurer.gpu)
-        row = tuner.trials.by_pair.get((plan, problem))
-        if row is not None and row.ok and not _is_out(tuner, plan.config):
-            plans.append(plan)
-    return list(dict.fromkeys(plans))
-
-
-def _is_out(tuner: Tuner, config: KernelConfig) -> bool:
-    return config in tuner.trials.out
+    if not ranked:
+        return []
+    default = tuner.trials.by_pair.get((default_plan(problem, tuner.measurer.gpu), problem))
+    entries = ranked[: tuner.options.finalists]
+    if default is not None and default.ok and default.plan.config not in tuner.trials.out:
+        entries.append(default)
+    limit = FINALS_MARGIN * (ranked[0].us or 0.0)
+    return list(dict.fromkeys(row.plan for row in entries if row.us and row.us <= limit))

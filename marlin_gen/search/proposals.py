@@ -19,7 +19,7 @@ from marlin_gen.search.study import Samplers
 from marlin_gen.search.trials import Trials
 from marlin_gen.space import Candidates
 
-SOURCES = ("sampler", "model", "neighbour", "model")  # the turns
+SOURCES = ("sampler", "model", "model", "neighbour", "model", "model")  # the turns
 SHORTLIST = 400  # of so many configs the expected gain is followed through a batch
 NEIGHBOURHOOD = 12  # of so many configs nearest to a winner, the one of least predicted time is tried
 IMPROVED = 0.995  # a problem's best must fall below this share of itself to count as progress

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.cost_model import Calibrated, attainable_tflops, predict_us
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import FAMILIES, default_plan
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Measurer
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, Proposal
@@ -55,9 +55,8 @@ class Tuner:
         self._on_progress = on_progress
         self._started = started
         self._searching_since = time.monotonic()
-        families = FAMILIES.rows.values()
-        # The defaults of a problem are timed there, whatever the model thinks.
-        self._forced = {p: {family.default(p, measurer.gpu) for family in families} for p in problems}
+        # What would run without a table is timed there, whatever the model thinks.
+        self._default = {problem: default_plan(problem, measurer.gpu) for problem in problems}
 
     def search(self) -> str:
         """Run until a limit is reached; returns which. KeyboardInterrupt passes through, with all state kept."""
@@ -153,14 +152,18 @@ class Tuner:
             yield failure
             return
         self.log.artifact(artifact)
-        refused = 0
+        refused, is_first = 0, True
         for j in order:
             problem = self.problems[j]
             plans = self._plans(config, problem)
-            forced = [plan for plan in self._forced[problem] if plan.config == config]
-            if not plans or not (forced or self._promise(config)[j] <= self.model.gate(self.options.gate)):
+            default = self._default[problem]
+            is_default = default.config == config
+            # One timing at least: next to the compilation it costs nothing, and it corrects a model too sure of itself.
+            worthwhile = is_first or is_default or self._promise(config)[j] <= self.model.gate(self.options.gate)
+            if not plans or not worthwhile:
                 continue
-            first = forced[0] if forced else plans[len(plans) // 2]
+            is_first = False
+            first = default if is_default else plans[len(plans) // 2]
             for plan in (first, *(p for p in plans if p != first)):
                 row = self._time(artifact, plan, problem)
                 if row is not None:
