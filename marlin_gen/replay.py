@@ -31,10 +31,10 @@ class ReplayMeasurer:
                     yield row
 
     def finals(self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]) -> list[Measurement]:
-        """The re-timed value where there is one, else the first one."""
+        """The re-timed values if all have one, else the first ones: the two are taken at different temperatures."""
         pairs = [(plan, problem) for _, plan in entries]
-        rows = [self._finals.get(pair) or self._screen.get(pair) for pair in pairs]
-        return [row for row in rows if row is not None]
+        times = self._finals if self._finals.keys() >= set(pairs) else self._screen
+        return [times[pair] for pair in pairs if pair in times]
 
     def compare(
         self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]

@@ -25,7 +25,7 @@ from marlin_gen.search import tune as search
 from marlin_gen.table import DispatchTable, publish
 from marlin_gen.table_row import TableRow
 
-GPU_TRIALS, REPLAY_TRIALS = 2000, 96  # a replay compiles for real, on machines that may have two cores
+GPU_TRIALS, REPLAY_TRIALS = 2000, 192  # a replay compiles for real, on machines that may have two cores
 
 
 def tune(
