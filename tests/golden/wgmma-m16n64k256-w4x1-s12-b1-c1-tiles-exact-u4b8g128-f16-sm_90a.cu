@@ -163,8 +163,8 @@ struct TileOrder {
 
 __device__ __forceinline__ void produce(TensorMap const& a_map, u8 const* weight, u8 const* scales, int n, int k, TileOrder order,
                                         Walk walk, u32 smem, Barriers barriers) {
-  // Weights that are read once must not push activations out of L2; those of several token tiles are read again.
-  u64 const policy = order.tiles_m == 1 ? ptx::createpolicy_evict_first() : ptx::createpolicy_evict_normal();
+  // Weights must not push activations out of L2; the token tiles that share them read them at about the same time.
+  u64 const policy = ptx::createpolicy_evict_first();
   RingPosition at(0);
   at.phase = 1;  // a fresh barrier's previous phase counts as complete: all stages start empty
   for (Piece piece; walk.next(piece);) {
@@ -174,6 +174,7 @@ __device__ __forceinline__ void produce(TensorMap const& a_map, u8 const* weight
       u32 const stage = smem + at.stage * kStageBytes, full = barriers.full(at.stage);
       ptx::mbarrier_wait(barriers.empty(at.stage), at.phase);
       ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes);
+      // Weights first and each row tile in one copy: activations first is up to 6 % slower, 2 KB copies up to 15 %.
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
         // Past the last feature tile the last is loaded again; it is not stored.
@@ -234,9 +235,8 @@ struct Consumer {
     ptx::wgmma_commit_group();
   }
 
-  __device__ __forceinline__ void release(int stage) {
-    if (thread == 0) ptx::mbarrier_arrive(barriers.empty(stage));
-  }
+  // Every thread arrives, since every thread has read weights with ordinary loads: one arrival a warpgroup is no faster.
+  __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(barriers.empty(stage)); }
 
   // Multiplies stage `at` while the stage after it, if there is one, is decoded into the other buffer.
   template <int kBuffer>
@@ -397,7 +397,7 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_ge
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(barriers.full(stage), 1);
-      ptx::mbarrier_init(barriers.empty(stage), kRowTiles);
+      ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup);
     }
     for (int row_tile = 0; kRanks > 1 && row_tile < kRowTiles; ++row_tile) {
       ptx::mbarrier_init(barriers.sums_full(row_tile), 1);

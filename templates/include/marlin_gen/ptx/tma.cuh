@@ -42,11 +42,6 @@ __device__ __forceinline__ u64 createpolicy_evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ u64 createpolicy_evict_normal() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // Two 8x8 matrices of 16-bit values, transposed on the way: lanes 0-7 and 8-15 give the row addresses.
 __device__ __forceinline__ void stmatrix_x2_trans(u32 address, u32 m0, u32 m1) {
