@@ -21,6 +21,7 @@ from marlin_gen.problem import Problem
 
 START_SECONDS = 120.0  # import torch, create a context
 ANSWER_SECONDS = 30.0  # one answer; the first on a shape also makes its operands and reference
+WORKER = (sys.executable, "-m", "marlin_gen.measure_worker")  # its argument is the device index
 _LAST_WORDS = 2000  # characters of the child's stderr that are kept
 
 
@@ -37,7 +38,7 @@ class _Child:
 
     def __init__(self, device_index: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "marlin_gen.measure_worker", str(device_index)],
+            [*WORKER, str(device_index)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=env.child_environment(),
         )  # fmt: skip
