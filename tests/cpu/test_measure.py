@@ -20,7 +20,7 @@ from marlin_gen.problem import Problem
 # A config's stages say what its kernel does: 3 dies, 4 hangs, else it takes as many us as there are stages.
 CHILD = """
 import json, sys, time
-gpu = {"capability": [9, 0], "num_sms": 132, "l2_bytes": 1, "smem_per_sm": 1, "bandwidth_gbs": 3352, "name": "NVIDIA H100"}
+gpu = {"capability": [9, 0], "num_sms": 132, "l2_bytes": 1, "smem_per_sm": 1, "bandwidth_gbs": 3352, "name": "H100"}
 print(json.dumps({"gpu": gpu}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -64,7 +64,9 @@ def test_the_gpu_is_what_the_child_found(measurer):
     assert measurer.gpu.slug == "h100-132sm-3352gbs"
 
 
-@pytest.mark.parametrize(("stages", "status", "said"), [(3, "crash", "illegal memory access"), (4, "timeout", "no answer")])
+@pytest.mark.parametrize(
+    ("stages", "status", "said"), [(3, "crash", "illegal memory access"), (4, "timeout", "no answer")]
+)
 def test_a_bad_kernel_costs_itself(measurer, stages, status, said):
     rows = list(measurer.screen([job(2, (1, 8)), job(stages, (1, 8)), job(5)]))
     assert [row.status for row in rows] == ["ok", "ok", status, status, "ok"]
@@ -92,5 +94,5 @@ def test_compare_gives_the_yardsticks_of_the_same_rounds(measurer):
 
 def test_a_gpu_that_does_not_start_is_an_error_that_says_why(monkeypatch):
     monkeypatch.setattr(measure, "WORKER", (sys.executable, "-c", "raise SystemExit('CUDA driver not found')"))
-    with pytest.raises(LaunchError, match="CUDA device 0.*CUDA driver not found"):
+    with pytest.raises(LaunchError, match=r"CUDA device 0.*CUDA driver not found"):
         GpuMeasurer(0)
