@@ -1,16 +1,13 @@
 """How long a config should take on a problem: arithmetic, not measurement. Numpy, over all configs at once.
 
-Its use is to leave hopeless (config, problem) pairs out and to order the rest; the GPU has the last word. Two layers:
-``predict_us`` knows the machine (waves, bandwidth, tensor and ALU rates, latencies); ``Calibrated`` multiplies it by
-a correction that is learnt from the measurements so far, so that what the arithmetic leaves out is learnt once and
-not anew in each problem.
+Its use is to leave hopeless (config, problem) pairs out and to order the rest; the GPU has the last word. It knows
+the machine (waves, bandwidth, tensor and ALU rates, latencies); what it leaves out, ``search.calibrated`` learns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,74 +177,3 @@ def _worst(norm: float, *times: Array) -> Array:
     """The longest of what goes on at once, and somewhat more where several are nearly as long."""
     total: Array = sum(time**norm for time in times) ** (1 / norm)
     return total
-
-
-@dataclass
-class Calibrated:
-    """``predict_us`` times a learnt correction: log(measured / predicted) = config image x W x problem image.
-
-    One ridge regression over all pairs measured so far. A problem learns from its neighbours' measurements, and a
-    config from its neighbours'. With no measurements the correction is 1.
-    """
-
-    prior_us: Array  # (configs, problems)
-    config_image: Array  # (configs, p)
-    problem_image: Array  # (problems, q)
-    us: Array  # (configs, problems), the current prediction
-    best_us: Array  # (problems,), its least values
-    spread: float = 0.25  # standard deviation of log(measured / predicted)
-    is_fitted: bool = False
-
-    RIDGE: ClassVar[float] = 1.0
-    NEEDED: ClassVar[int] = 24  # fewer measured pairs say too little
-    UNFITTED_MARGIN: ClassVar[float] = 1.2  # the arithmetic by itself errs more
-    LEAST_GATE: ClassVar[float] = 1.1  # timings that are quick to take have errors of their own
-    GATE_SPREADS: ClassVar[float] = 3.0  # a pair predicted that much slower than the best is best once in 700 times
-
-    @classmethod
-    def start(cls, features: NDArray[np.floating], problems: Sequence[Problem], prior_us: Array) -> Calibrated:
-        """``features``: (configs, columns) of numbers in which near configs are near."""
-        raw = np.asarray(features, dtype=np.float64)
-        spread = raw.std(axis=0)
-        scaled = (raw - raw.mean(axis=0))[:, spread > 0] / spread[spread > 0]
-        levels = [(column[:, None] == np.unique(column)) * 1.0 for column in raw.T if 2 < len(np.unique(column)) < 32]
-        config_image = np.hstack([np.ones((len(raw), 1)), scaled, *levels])
-        sizes = np.log2([[max(p.m, 1), p.n, p.k] for p in problems]).reshape(-1, 3)
-        sizes = (sizes - sizes.mean(axis=0)) / np.maximum(sizes.std(axis=0), 1.0)
-        problem_image = np.hstack([np.ones((len(sizes), 1)), sizes, sizes[:, :1] ** 2])
-        return cls(prior_us, config_image, problem_image, prior_us, prior_us.min(axis=0))
-
-    def gate(self, steady: float) -> float:
-        """How many times the best a prediction may be before it counts as hopeless.
-
-        Wider than ``steady`` before anything is learnt; later no wider than the error of the predictions warrants.
-        """
-        if not self.is_fitted:
-            return steady * self.UNFITTED_MARGIN
-        return min(steady, max(float(np.exp(self.GATE_SPREADS * self.spread)), self.LEAST_GATE))
-
-    def fit(self, measured_us: Array) -> None:
-        """``measured_us``: (configs, problems), NaN where nothing was measured."""
-        rows, cols = np.nonzero(np.isfinite(measured_us))
-        if len(rows) < self.NEEDED:
-            return
-        target = np.log(measured_us[rows, cols] / self.prior_us[rows, cols])
-        image = (self.config_image[rows][:, :, None] * self.problem_image[cols][:, None, :]).reshape(len(rows), -1)
-        normal = image.T @ image + self.RIDGE * np.eye(image.shape[1])
-        weights = np.linalg.solve(normal, image.T @ target).reshape(self.config_image.shape[1], -1)
-        correction = self.config_image @ weights @ self.problem_image.T
-        # A correction beyond what was ever seen is extrapolation.
-        low, high = target.min(), target.max()
-        self.us = self.prior_us * np.exp(np.clip(correction, low, high))
-        self.best_us = self.us.min(axis=0)
-        # Seen through data it was fitted to, the error looks smaller than it is.
-        self.spread = max(1.3 * float(np.log(measured_us[rows, cols] / self.us[rows, cols]).std()), 0.02)
-        self.is_fitted = True
-
-    def expected_gain(self, rows: NDArray[np.integer], best_us: Array) -> Array:
-        """(rows,): by how much each config is expected to lower the sum over problems of log(best time)."""
-        z = (np.log(best_us) - np.log(self.us[rows])) / self.spread
-        density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-        below = 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # the normal distribution function
-        gain: Array = (self.spread * np.maximum(z * below + density, 0)).sum(axis=1)
-        return gain

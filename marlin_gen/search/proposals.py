@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marlin_gen.config import KernelConfig
-from marlin_gen.cost_model import Calibrated
 from marlin_gen.problem import Problem
 from marlin_gen.record import Proposal
+from marlin_gen.search.calibrated import Calibrated
 from marlin_gen.search.study import Samplers
 from marlin_gen.search.trials import Trials
 from marlin_gen.space import Candidates
@@ -96,12 +96,12 @@ class Proposer:
         best_us = np.minimum(self._best_us, 2 * self._model.best_us)
         best_us = np.minimum(best_us, self._model.us[pending].min(axis=0, initial=np.inf))
         rows = np.flatnonzero(fresh)
-        rows = rows[np.argsort(-self._model.expected_gain(rows, best_us), kind="stable")[:SHORTLIST]]
+        rows = rows[np.argsort(-self._model.expected_gain(rows, best_us, self._roofline_us), kind="stable")[:SHORTLIST]]
         while True:
             rows = rows[fresh[rows]]
             if not len(rows):
                 rows = np.flatnonzero(fresh)
-            chosen = int(rows[np.argmax(self._model.expected_gain(rows, best_us))])
+            chosen = int(rows[np.argmax(self._model.expected_gain(rows, best_us, self._roofline_us))])
             best_us = np.minimum(best_us, self._model.us[chosen])
             yield chosen
 
@@ -114,7 +114,7 @@ class Proposer:
         """Index of a fresh config, promising for the problem if any is."""
         j = self._trials.column[problem]
         predicted = self._model.us[:, j]
-        limit = self._model.gate(self._gate) * min(self._trials.best_us[j], self._model.best_us[j])
+        limit = self._model.gate(self._gate)[j] * min(self._trials.best_us[j], self._model.best_us[j])
         promising = fresh & (predicted <= limit)
         if not promising.any():
             promising = fresh

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.cost_model import Calibrated, attainable_tflops, predict_us
+from marlin_gen.cost_model import attainable_tflops, predict_us
 from marlin_gen.families import FAMILIES, default_plan
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Measurer
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, Proposal
+from marlin_gen.search.calibrated import Calibrated
 from marlin_gen.search.events import Progress, TuneOptions
 from marlin_gen.search.pipeline import CompileAhead
 from marlin_gen.search.proposals import Proposer
@@ -159,7 +160,7 @@ class Tuner:
             default = self._default[problem]
             is_default = default.config == config
             # One timing at least: next to the compilation it costs nothing, and it corrects a model too sure of itself.
-            worthwhile = is_first or is_default or self._promise(config)[j] <= self.model.gate(self.options.gate)
+            worthwhile = is_first or is_default or self._promise(config)[j] <= self.model.gate(self.options.gate)[j]
             if not plans or not worthwhile:
                 continue
             is_first = False

@@ -7,9 +7,10 @@ import pytest
 import synthetic
 
 from marlin_gen.config import KernelConfig
-from marlin_gen.cost_model import Calibrated, attainable_tflops, predict_us
+from marlin_gen.cost_model import attainable_tflops, predict_us
 from marlin_gen.families import FAMILIES
 from marlin_gen.problem import Problem
+from marlin_gen.search.calibrated import Calibrated
 from marlin_gen.space import ConfigSpace, candidates_of
 
 # n, k, m, microseconds, config: the best of 317 prototypes on one H100 SXM, 256 MB of rotated weights.
@@ -80,9 +81,27 @@ def test_correction_learns_what_the_arithmetic_leaves_out() -> None:
     before = np.log(model.us[1::2] / truth[1::2]).std()
     measured = np.full_like(truth, np.nan)
     model.fit(measured)
-    assert not model.is_fitted and model.gate(1.5) > 1.5
+    assert not model.is_fitted and (model.gate(1.5) > 1.5).all()
     measured[::2] = truth[::2]
     model.fit(measured)
-    assert model.is_fitted and 1 < model.gate(1.5) <= 1.5 and model.gate(1.01) == 1.01
+    assert model.is_fitted and (model.gate(1.5) <= 1.5).all() and (model.gate(1.01) == 1.01).all()
     after = np.log(model.us[1::2] / truth[1::2]).std()
     assert after < before * 2 / 3, (before, after)
+
+
+def test_expects_gain_where_there_is_something_to_win() -> None:
+    """A slower best, a quicker prediction, a larger error promise more; a best at the roofline promises nothing."""
+    cells = synthetic.problems(((4096, 4096),), (1, 64))
+    configs = ConfigSpace(synthetic.H100.arch, synthetic.FMT, FAMILIES).enumerate()[::200]
+    model = Calibrated.start(candidates_of(configs).features, cells, predict_us(configs, cells, synthetic.H100))
+    rows, best = np.arange(len(configs)), model.best_us
+    gain = model.expected_gain(rows, best, 0 * best + 1e-6)
+    assert (gain > 0).all()
+    assert model.expected_gain(rows, best, best) == pytest.approx(0)
+    assert (model.expected_gain(rows, best, 0.9 * best) < gain).all()
+    assert (gain < model.expected_gain(rows, 1.1 * best, 0 * best + 1e-6)).all()
+    model.us = 0.9 * model.us
+    quicker = model.expected_gain(rows, best, 0 * best + 1e-6)
+    assert (quicker > gain).all()
+    model.spread = 2 * model.spread
+    assert (model.expected_gain(rows, best, 0 * best + 1e-6) > quicker).all()
