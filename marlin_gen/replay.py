@@ -31,9 +31,12 @@ class ReplayMeasurer:
                     yield row
 
     def finals(self, problem: Problem, entries: Sequence[tuple[Artifact, Plan]]) -> list[Measurement]:
-        """The re-timed values if all have one, else the first ones: the two are taken at different temperatures."""
+        """The re-timed values of those that have one; only where none has, the first timings of all.
+
+        Never both: first timings are taken on a cooler GPU, so a plan that was not re-timed would win by that alone.
+        """
         pairs = [(plan, problem) for _, plan in entries]
-        times = self._finals if self._finals.keys() >= set(pairs) else self._screen
+        times = self._screen if self._finals.keys().isdisjoint(pairs) else self._finals
         return [times[pair] for pair in pairs if pair in times]
 
     def compare(
