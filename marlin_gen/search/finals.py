@@ -51,8 +51,12 @@ def results(tuner: Tuner, rounds: Mapping[Problem, Sequence[Measurement]]) -> li
             continue
         default = default_plan(problem, tuner.measurer.gpu)
         screened = tuner.trials.by_pair.get((default, problem))
-        if screened is not None and (not screened.ok or default.config in unfit):
-            screened = None
+        if screened is not None:
+            # A time from outside the finals is compared with one from inside only where it kept its plan out of them.
+            limit = FINALS_MARGIN * float(tuner.trials.best_us[tuner.trials.column[problem]])
+            comparable = not finals or (screened.us or 0.0) > limit
+            if not screened.ok or default.config in unfit or not comparable:
+                screened = None
         cells.append(
             CellResult(
                 problem,
