@@ -20,9 +20,12 @@ from marlin_gen.measurement import ERROR_LIMIT, Measurement
 from marlin_gen.operands import Shape
 from marlin_gen.problem import Problem
 
-GRAPH_US = 1000.0  # aim of one graph's length: long against its launch
-MIN_CALLS, MAX_CALLS = 3, 60
 SCREEN_REPLAYS, FINAL_REPLAYS = 6, 13
+MIN_CALLS = 3
+# Most calls of a graph, and the length it aims at, in us. A graph that replays after another one pays for the switch,
+# some microseconds: the finals, which interleave, make their graphs longer.
+SCREEN_CALLS, SCREEN_GRAPH_US = 60, 1000.0
+FINAL_CALLS, FINAL_GRAPH_US = 400, 2000.0
 PAUSE_SECONDS = 0.1  # large products reach the power limit, and then what ran before decides the clock
 GIVE_UP_RATIO = 1.5  # a screened plan this much slower than the cell's best so far gets one replay
 
@@ -74,11 +77,11 @@ class Graph:
         return float(self._begin.elapsed_time(self._end)) * 1e3 / self.calls
 
 
-def calls_of(problem: Problem) -> int:
+def calls_of(problem: Problem, most: int = FINAL_CALLS, graph_us: float = FINAL_GRAPH_US) -> int:
     """How many calls a graph holds."""
     # A rough time of the call: weights at 3 TB/s, multiplications at 700 TFLOP/s.
     guess_us = max(5.0, problem.weight_bytes / 3e6, problem.flops / 7e8)
-    return max(MIN_CALLS, min(MAX_CALLS, round(GRAPH_US / guess_us)))
+    return max(MIN_CALLS, min(most, round(graph_us / guess_us)))
 
 
 def interleaved(graphs: Sequence[Graph | None], replays: int) -> list[Spread | None]:
@@ -118,7 +121,7 @@ class Bench:
             return Measurement(
                 problem, plan, failure, relative_error=error, detail="" if error is None else f"error {error:.2e}"
             )
-        graph = self._graph(kernel, plan, problem)
+        graph = self._graph(kernel, plan, problem, calls_of(problem, SCREEN_CALLS, SCREEN_GRAPH_US))
         graph.replay()
         times = [graph.replay()]
         best = self._best.get(problem, math.inf)
@@ -152,7 +155,7 @@ class Bench:
         """
         checked = [self.check(kernel, plan, problem) for kernel, plan in entries]
         graphs = [
-            None if failure else self._graph(kernel, plan, problem)
+            None if failure else self._graph(kernel, plan, problem, calls_of(problem))
             for (kernel, plan), (_, failure) in zip(entries, checked, strict=True)
         ]
         time.sleep(PAUSE_SECONDS)
@@ -165,7 +168,7 @@ class Bench:
         ]
         return found, [spread for spread in spreads[len(entries) :] if spread]
 
-    def _graph(self, kernel: Kernel, plan: Plan, problem: Problem) -> Graph:
+    def _graph(self, kernel: Kernel, plan: Plan, problem: Problem, calls: int) -> Graph:
         shape = self.shape(problem)
         a, _, _ = shape.cell(problem.m)
         out = torch.empty(problem.m, problem.n, device=self.device, dtype=shape.dtype)
@@ -178,4 +181,4 @@ class Bench:
             packed = shape.packed[i % len(shape.packed)]
             self.launcher.run_with(kernel, plan, problem, a, packed.weight, packed.scales, out, partials, locks)
 
-        return Graph(call, calls_of(problem), self.stream)
+        return Graph(call, calls, self.stream)
