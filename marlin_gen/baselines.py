@@ -39,7 +39,7 @@ class Baselines:
     ) -> tuple[list[Measurement], Baseline]:
         """The entries and both yardsticks, interleaved."""
         shape = self._bench.shape(problem)
-        yardsticks = [self._cublas_graph(shape, problem), *self._read_graphs(shape, calls_of(problem))]
+        yardsticks = [self.cublas_graph(problem), *self._read_graphs(shape, calls_of(problem))]
         found, [cublas, *floors] = self._bench.finals(problem, entries, yardsticks)
         return found, Baseline(problem, min(spread.us for spread in floors), cublas.us)
 
@@ -62,7 +62,9 @@ class Baselines:
         ]
         driver.launch(self._read_floor, config, arguments, torch.cuda.current_stream().cuda_stream)
 
-    def _cublas_graph(self, shape: Shape, problem: Problem) -> Graph:
+    def cublas_graph(self, problem: Problem) -> Graph:
+        """fp16 matmul with the dense weight, its copies rotated as the packed ones are."""
+        shape = self._bench.shape(problem)
         a, _, _ = shape.cell(problem.m)
         dense = dequantize(shape.codes, shape.scales, shape.weight_format, shape.dtype)
         copies = [dense, *(dense.clone() for _ in range(math.ceil(ROTATE_L2S * shape.l2_bytes / dense.nbytes)))]

@@ -16,7 +16,7 @@ from marlin_gen import env
 from marlin_gen.arch import Gpu
 from marlin_gen.config import Plan
 from marlin_gen.driver import LaunchError
-from marlin_gen.measurement import Artifact, Baseline, Job, Measurement
+from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Stretch
 from marlin_gen.problem import Problem
 
 START_SECONDS = 120.0  # import torch, create a context
@@ -155,6 +155,18 @@ class GpuMeasurer:
         kernels = [{**_kernel(artifact), "plan": plan.key} for artifact, plan in entries]
         request = {"do": "finals", "problem": asdict(problem), "entries": kernels, "yardsticks": yardsticks}
         return list(self._worker().ask(request))
+
+    def sustain(
+        self, problem: Problem, entry: tuple[Artifact, Plan] | None, seconds: float
+    ) -> Iterator[Stretch]:
+        kernel = {**_kernel(entry[0]), "plan": entry[1].key} if entry else None
+        request = {"do": "sustain", "problem": asdict(problem), "entry": kernel, "seconds": seconds}
+        try:
+            for answer in self._worker().ask(request):
+                yield Stretch(**answer)
+        except WorkerLost as lost:
+            self.close()
+            raise LaunchError(f"cannot sustain {problem}: {lost}") from lost
 
     def close(self) -> None:
         if self._child:

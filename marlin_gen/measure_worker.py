@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from marlin_gen import driver
 from marlin_gen.baselines import Baselines
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.launch import Kernel
-from marlin_gen.measurement import Measurement
+from marlin_gen.measurement import Measurement, Stretch
+from marlin_gen.nvml import Card
 from marlin_gen.problem import Problem
 from marlin_gen.timing import Bench
 
@@ -24,6 +26,7 @@ from marlin_gen.timing import Bench
 class Worker:
     def __init__(self, device_index: int) -> None:
         self.bench = Bench(device_index)
+        self._card = Card(device_index)
         self._baselines: Baselines | None = None
         self._kernels: dict[str, Kernel | str] = {}  # by cubin path; a string says why it does not load
 
@@ -65,6 +68,18 @@ class Worker:
         for kernel, plan in entries:
             row = Measurement(problem, plan, "launch", detail=kernel) if isinstance(kernel, str) else next(timed)
             yield row.to_json()
+
+    def sustain(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        problem, entry = Problem(**request["problem"]), request["entry"]
+        if entry is None:
+            graph = self.baselines().cublas_graph(problem)
+        else:
+            kernel = self.kernel(entry)
+            if isinstance(kernel, str):
+                raise driver.LaunchError(kernel)
+            graph = self.bench.graph(kernel, Plan.from_key(entry["plan"]), problem)
+        for elapsed, us in self.bench.sustain(graph, request["seconds"]):
+            yield asdict(Stretch(elapsed, problem.flops / us / 1e6, **asdict(self._card.sample())))
 
 
 def main() -> None:

@@ -75,6 +75,17 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A few tenths of a second of a sustained run, and what the card said at its end (None: it does not tell)."""
+
+    seconds: float  # since the start, at the end of the stretch
+    tflops: float  # 2mnk over the stretch
+    sm_clock_mhz: float | None
+    power_w: float | None
+    temperature_c: float | None
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A compiled kernel: one directory that holds kernel.cu, kernel.cubin, ptxas.log, command.txt and spec.json."""
 
@@ -120,6 +131,12 @@ class Measurer(Protocol):
 
     def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
         """The yardsticks of each problem, in order."""
+        ...
+
+    def sustain(
+        self, problem: Problem, entry: tuple[Artifact, Plan] | None, seconds: float
+    ) -> Iterator[Stretch]:
+        """Run the entry (None: cuBLAS) without a pause; a stretch every few tenths of a second."""
         ...
 
     def close(self) -> None: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from marlin_gen import env
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.measurement import Artifact, Baseline, Job, Measurement
+from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Stretch
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
 
@@ -54,6 +54,11 @@ class ReplayMeasurer:
                     f" {', '.join(f'{n}x{k}' for n, k in known)}: ask for one of them, or tune on a GPU"
                 )
             yield self.recording.baselines[problem]
+
+    def sustain(
+        self, problem: Problem, entry: tuple[Artifact, Plan] | None, seconds: float
+    ) -> Iterator[Stretch]:
+        raise ValueError("a recording has no sustained runs; --sustained needs a GPU")
 
     def close(self) -> None:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ MIN_CALLS = 3
 # some microseconds: the finals, which interleave, make their graphs longer.
 SCREEN_CALLS, SCREEN_GRAPH_US = 60, 1000.0
 FINAL_CALLS, FINAL_GRAPH_US = 400, 2000.0
+REST_SECONDS, STRETCH_SECONDS = 5.0, 0.25  # of a sustained run: to cool down before, and of one row
 PAUSE_SECONDS = 0.1  # large products reach the power limit, and then what ran before decides the clock
 GIVE_UP_RATIO = 1.5  # a screened plan this much slower than the cell's best so far gets one replay
 
@@ -67,6 +68,9 @@ class Graph:
             for i in range(calls):
                 call(i)
         self._begin, self._end = _event(), _event()
+
+    def enqueue(self) -> None:
+        self._graph.replay()
 
     def replay(self) -> float:
         """Microseconds a call."""
@@ -121,7 +125,7 @@ class Bench:
             return Measurement(
                 problem, plan, failure, relative_error=error, detail="" if error is None else f"error {error:.2e}"
             )
-        graph = self._graph(kernel, plan, problem, calls_of(problem, SCREEN_CALLS, SCREEN_GRAPH_US))
+        graph = self.graph(kernel, plan, problem, calls_of(problem, SCREEN_CALLS, SCREEN_GRAPH_US))
         graph.replay()
         times = [graph.replay()]
         best = self._best.get(problem, math.inf)
@@ -155,7 +159,7 @@ class Bench:
         """
         checked = [self.check(kernel, plan, problem) for kernel, plan in entries]
         graphs = [
-            None if failure else self._graph(kernel, plan, problem, calls_of(problem))
+            None if failure else self.graph(kernel, plan, problem)
             for (kernel, plan), (_, failure) in zip(entries, checked, strict=True)
         ]
         time.sleep(PAUSE_SECONDS)
@@ -168,7 +172,28 @@ class Bench:
         ]
         return found, [spread for spread in spreads[len(entries) :] if spread]
 
-    def _graph(self, kernel: Kernel, plan: Plan, problem: Problem, calls: int) -> Graph:
+    def sustain(self, graph: Graph, seconds: float) -> Iterator[tuple[float, float]]:
+        """Replay without a pause, after a rest: (seconds since the start, microseconds a call) of each stretch."""
+        time.sleep(REST_SECONDS)
+        replays = max(round(STRETCH_SECONDS * 1e6 / (graph.replay() * graph.calls)), 1)
+        marks = [_event()]
+        marks[0].record(self.stream)
+        elapsed = 0.0
+        while elapsed < seconds:
+            while len(marks) < 3:  # the next stretch is queued before this one ends: the card never waits
+                for _ in range(replays):
+                    graph.enqueue()
+                marks.append(_event())
+                marks[-1].record(self.stream)
+            marks[1].synchronize()
+            stretch = float(marks[0].elapsed_time(marks[1])) * 1e-3
+            elapsed += stretch
+            del marks[0]
+            yield elapsed, stretch * 1e6 / (replays * graph.calls)
+        self.stream.synchronize()
+
+    def graph(self, kernel: Kernel, plan: Plan, problem: Problem, calls: int | None = None) -> Graph:
+        """A graph of so many calls (default: as the finals)."""
         shape = self.shape(problem)
         a, _, _ = shape.cell(problem.m)
         out = torch.empty(problem.m, problem.n, device=self.device, dtype=shape.dtype)
@@ -181,4 +206,4 @@ class Bench:
             packed = shape.packed[i % len(shape.packed)]
             self.launcher.run_with(kernel, plan, problem, a, packed.weight, packed.scales, out, partials, locks)
 
-        return Graph(call, calls, self.stream)
+        return Graph(call, calls or calls_of(problem), self.stream)

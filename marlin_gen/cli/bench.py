@@ -11,13 +11,14 @@ import typer
 
 from marlin_gen import bench as benching
 from marlin_gen.bench import BenchRow
-from marlin_gen.cli import arguments, gpus
+from marlin_gen.cli import arguments, gpus, sustained
 from marlin_gen.cli.console import err, note, out, print_json, table, times, us
 from marlin_gen.cli.progress import cells_progress
 from marlin_gen.config import KernelSpec
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.dispatch import Choice, Dispatcher, find_tables, forced_plan
 from marlin_gen.measurement import Artifact, Measurement
+from marlin_gen.sustained import FILE_NAME
 
 
 def bench(
@@ -27,10 +28,13 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
     device: Annotated[str, typer.Option(help="cuda:0, cuda:1, ...")] = "cuda:0",
     csv: Annotated[Path | None, typer.Option(help="Where to write; default: bench.csv beside the table.")] = None,
+    seconds: Annotated[float | None, typer.Option("--sustained", help="Run one cell so many seconds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Time the table's choices beside cuBLAS and the read floor, and write a CSV."""
     work = arguments.work(model, shapes, tp, tokens)
+    if seconds is not None:
+        sustained.check_one(work.problems)
     gpu = gpus.require_gpu(device, "bench times kernels")
     dispatcher = Dispatcher(gpu, find_tables(), forced_plan())
     choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
@@ -41,6 +45,8 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="marlin_gen-bench-") as scratch, gpus.measurer(device) as measurer:
         artifacts = _artifacts(list(choices.values()), dispatcher, Path(scratch))
         entries = [(problem, artifacts[choice.spec], choice.plan) for problem, choice in choices.items()]
+        if seconds is not None:
+            return sustained.run(measurer, *entries[0], seconds, csv or path.with_name(FILE_NAME), json)
         try:
             with cells_progress(len(entries), "bench") as advance:
                 for found in benching.measure(measurer, entries):

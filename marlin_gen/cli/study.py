@@ -73,8 +73,11 @@ def provenance(measurer: Measurer) -> dict[str, Any]:
     if isinstance(measurer, ReplayMeasurer):
         return {**run, "replay": True, **measurer.recording.versions}
     from marlin_gen.driver import driver_version
+    from marlin_gen.nvml import Card
 
-    return {**run, **versions_of(measurer), "driver": driver_version()}
+    release = Card(0).driver_version()  # one driver for all cards
+    driver = f"{release} (CUDA {driver_version()})" if release else f"CUDA {driver_version()}"
+    return {**run, **versions_of(measurer), "driver": driver}
 
 
 def templates_digest() -> str:
