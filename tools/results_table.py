@@ -1,6 +1,7 @@
-"""Writes the results section of README.md from the committed benches, tuned/*/bench.csv. ``--check`` only compares.
+"""Writes the results section of README.md and its pictures from the committed benches, tuned/*/bench.csv.
 
-Each bench's summary stands with the GPU, date and versions that its dispatch table records.
+Each bench's summary stands with the GPU, date and versions that its dispatch table records. ``--check`` only compares:
+the text with the benches, and what each picture says it was drawn from with the files that are there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from marlin_gen.bench import BenchRow, read_csv, summarise  # noqa: E402
 from marlin_gen.cost_model import attainable_tflops  # noqa: E402
+from marlin_gen.report.data import load_gpu, provenance, sources  # noqa: E402
+from marlin_gen.report.pictures import README_PICTURES, shown  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -31,7 +34,7 @@ def _section(path: Path) -> str:
     rows = read_csv(path)
     tflops = attainable_tflops(table.gpu)
     lines = [
-        f"**{table.gpu.name}** ({_provenance(table)}). {_what(rows)} [Every cell](tuned/{path.parent.name}/bench.csv).",
+        f"**{table.gpu.name}** ({provenance(table)}). {_what(rows)} [Every cell](tuned/{path.parent.name}/bench.csv).",
         "",
         "| regime | cells | speedup over cuBLAS fp16 | worst cell | fraction of the roofline | worst cell |",
         "|---|---|---|---|---|---|",
@@ -46,7 +49,11 @@ def _section(path: Path) -> str:
         "",
         "Means are geometric. Roofline: the longer of a plain read of the packed bytes, launch included,"
         f" and 2mnk at {tflops:.0f} TFLOP/s. Largest relative error: {worst:.1e}.",
+        "",
     ]
+    folder = f"tuned/{path.parent.name}"
+    for picture in README_PICTURES:
+        lines.append(f'<img src="{folder}/{picture.name}.png" width="640" alt="{picture.alt}, {table.gpu.name}">')
     return "\n".join(lines)
 
 
@@ -56,15 +63,19 @@ def _what(rows: list[BenchRow]) -> str:
     return f"n x k = {shapes}; m = {tokens[0]} to {tokens[-1]}."
 
 
-def _provenance(table: DispatchTable) -> str:
-    """Date and versions of the newest tuning run that the table records."""
-    run = table.runs[-1] if table.runs else {}
-    words = [str(run[name]) if name == "date" else f"{name} {run[name]}" for name in sorted(run, key=_date_first)]
-    return ", ".join(words) or table.gpu.slug
+def stale_pictures(tuned: Path) -> list[Path]:
+    """Pictures that are missing, or were drawn from other files than those beside them."""
+    wanted = [bench.with_name(f"{p.name}.png") for bench in sorted(tuned.glob("*/bench.csv")) for p in README_PICTURES]
+    return [path for path in wanted if not path.exists() or shown(path) != sources(path.parent)]
 
 
-def _date_first(name: str) -> tuple[bool, str]:
-    return name != "date", name
+def draw(tuned: Path) -> None:
+    """Write the README's pictures of every bench below ``tuned``, beside it."""
+    for bench in sorted(tuned.glob("*/bench.csv")):
+        data = load_gpu(bench.parent)
+        assert data, bench  # results() has refused it
+        for picture in README_PICTURES:
+            picture.png(data, bench.with_name(f"{picture.name}.png"))
 
 
 def inserted(readme: str, text: str) -> str:
@@ -81,10 +92,13 @@ def main(arguments: list[str]) -> int:
     old = readme.read_text()
     new = inserted(old, results(ROOT / "tuned"))
     if "--check" in arguments:
-        if new != old:
-            print("README.md differs from the committed benches; run python tools/results_table.py", file=sys.stderr)
-        return int(new != old)
+        stale = [str(path.relative_to(ROOT)) for path in stale_pictures(ROOT / "tuned")]
+        stale += ["README.md"] if new != old else []
+        if stale:
+            print(f"{', '.join(stale)}: older than the benches; run python tools/results_table.py", file=sys.stderr)
+        return int(bool(stale))
     readme.write_text(new)
+    draw(ROOT / "tuned")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 9500  # lines of everything but tests
+TOTAL = 10500  # lines of everything but tests; 9500 until the report and sustained runs came
 
 
 def tracked() -> list[Path]:

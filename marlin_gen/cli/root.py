@@ -7,7 +7,7 @@ import warnings
 import typer
 
 from marlin_gen import env
-from marlin_gen.cli import bench, doctor, kernels, show, tune
+from marlin_gen.cli import bench, doctor, kernels, report, show, tune
 from marlin_gen.cli.console import err
 from marlin_gen.driver import LaunchError
 from marlin_gen.toolchain import ToolchainError
@@ -23,6 +23,7 @@ COMMANDS = typer.Typer(
 COMMANDS.command()(tune.tune)
 COMMANDS.command()(bench.bench)
 COMMANDS.command()(show.show)
+COMMANDS.command()(report.report)
 COMMANDS.command()(kernels.render)
 COMMANDS.command("compile")(kernels.compile_)
 COMMANDS.command()(doctor.doctor)

@@ -1,0 +1,39 @@
+"""``report``: the committed measurements as one HTML page, and as PNGs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from marlin_gen import env
+from marlin_gen.cli.console import note
+
+
+def report(
+    tuned: Annotated[Path | None, typer.Option(help="Folder of <gpu>/table.json; default: the shipped one.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write each picture to DIR/<gpu>/<picture>.png.")] = None,
+) -> None:
+    """Write the committed measurements as one self-contained HTML page."""
+    from marlin_gen.report import data
+
+    gpus = data.load(tuned or env.tuned_dir())
+    try:
+        from marlin_gen.report import page, pictures
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] != "matplotlib":
+            raise
+        fix = "pip install 'marlin_gen[report]'"
+        raise ValueError(f"report draws with matplotlib, which is not installed: {fix}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_text(page.render(gpus), encoding="utf-8")
+    os.replace(temporary, out)
+    note(f"{', '.join(found.table.gpu.slug for found in gpus)}: written to {out}")
+    if png:
+        for found in gpus:
+            drawn = [p.name for p in pictures.PICTURES if p.png(found, png / found.table.gpu.slug / f"{p.name}.png")]
+            note(f"{', '.join(drawn) or 'nothing to draw'}: written to {png / found.table.gpu.slug}")
