@@ -46,7 +46,7 @@ def _gpu(data: GpuData) -> str:
         _picture(data, pictures.ROOFLINE, "How near the machine's limit", _roofline_caption(), BENCH_COMMAND),
         _cells(data),
         _picture(data, pictures.SEARCH, "What the search tried", _search_caption(data), TUNE_COMMAND),
-        _picture(data, pictures.SUSTAINED, "A minute without a pause", _sustained_caption(data), SUSTAINED_COMMAND),
+        _picture(data, pictures.SUSTAINED, "Sustained throughput", _sustained_caption(data), SUSTAINED_COMMAND),
     ]
     return "\n".join(part for part in parts if part)
 
