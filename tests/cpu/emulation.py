@@ -1,4 +1,4 @@
-"""Run a rendered mma kernel on the CPU: emulator/emulator.h stands for the PTX headers, one fiber for each thread."""
+"""Run a rendered kernel on the CPU: emulator/ stands for CUDA and the PTX headers, one fiber for each thread."""
 
 from __future__ import annotations
 
@@ -12,65 +12,104 @@ import torch
 
 from marlin_gen import env
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.mma import MMA
+from marlin_gen.families import FAMILIES
 from marlin_gen.layout import PackedWeight
 from marlin_gen.problem import Problem
 from marlin_gen.render import render
 
 EMULATOR = Path(__file__).parent / "emulator"
+COPIES = ("late", "early", "anytime")  # when asynchronous copies happen, of the times that the kernel allows
 
-_SHARED = "extern __shared__ __align__(1024) u8 smem_bytes[];"
-_EMULATED_SHARED = "u8* smem_bytes = emulator::blocks[emulator::self->rank].smem.data();"
+_SHARED = "extern __shared__ __align__(1024) u8 {name}[];"
+_EMULATED_SHARED = "u8* {name} = emulator::my_block().smem.data();"
 _ENTRY = """
-Dim threadIdx, blockIdx;
-extern "C" char const* emulate(int grid, int threads, int cluster, int smem, unsigned seed, int early,
-                               u16 const* a, long a_bytes, u16* c, u8 const* weight, long weight_bytes,
-                               u8 const* scales, long scales_bytes, int m, int n, int k, int rows) {
-  auto const* a_begin = reinterpret_cast<u8 const*>(a);
-  emulator::readable = {{a_begin, a_begin + a_bytes}, {weight, weight + weight_bytes}, {scales, scales + scales_bytes}};
-  emulator::launch(grid, threads, cluster, smem, seed, early, [=] { KERNEL(a, c, weight, scales, m, n, k, rows); });
-  return emulator::error;
-}
+extern "C" char const* emulate(emulator::Request const* request) {{
+  return emulator::run(*request, [=](emulator::Operands const& operands) {{ {symbol}({arguments}); }});
+}}
 """
+_GUARD = 4096  # fp16 elements before and after C
+_UNWRITTEN = 0x7E5A  # a NaN
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_longlong))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Span:
+        return cls(tensor.data_ptr(), tensor.nbytes)
+
+
+class _Request(ctypes.Structure):
+    """emulator::Request, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("grid", "threads", "cluster", "resident", "smem_bytes", "registers")),
+        ("seed", ctypes.c_uint),
+        ("copies", ctypes.c_int),
+        ("a_box", ctypes.c_int * 2),
+        ("c_box", ctypes.c_int * 2),
+        ("scalars", ctypes.c_int * 4),
+        *((name, _Span) for name in ("a", "c", "weight", "scales", "partials", "locks")),
+    )
 
 
 class EmulatedKernel:
     """The kernel of one config, compiled by g++; ``edit`` changes its text first."""
 
     def __init__(self, config: KernelConfig, folder: Path, edit: Callable[[str], str] = lambda text: text) -> None:
-        source = render(KernelSpec(config, "u4b8g128", "f16", "sm_90a"))
-        assert source.text.count(_SHARED) == 1
-        text = edit(source.text).replace(_SHARED, _EMULATED_SHARED)
-        text = '#include "emulator.h"\n' + text + _ENTRY.replace("KERNEL", source.symbol)
+        self.config = config
+        self.spec = KernelSpec(config, "u4b8g128", "f16", "sm_90a")
+        self._family = FAMILIES.of(config)
+        source = render(self.spec)
+        text = self._with_emulated_shared_memory(edit(source.text)) + self._entry(source.symbol)
         stem = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         stem.with_suffix(".cpp").write_text(text)
         includes = ["-I", EMULATOR, "-I", env.templates_dir() / "include"]
         command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", *includes, "-o", f"{stem}.so", f"{stem}.cpp"]
         built = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr[:4000]
-        self.config = config
         self._emulate = ctypes.CDLL(f"{stem}.so").emulate
         self._emulate.restype = ctypes.c_char_p
 
+    @staticmethod
+    def _with_emulated_shared_memory(text: str) -> str:
+        name = "smem_bytes" if _SHARED.format(name="smem_bytes") in text else "shared"
+        assert text.count(_SHARED.format(name=name)) == 1
+        return '#include "emulator.h"\n' + text.replace(_SHARED.format(name=name), _EMULATED_SHARED.format(name=name))
+
+    def _entry(self, symbol: str) -> str:
+        shape = self._family.launch_shape(Plan(self.config), Problem(256, 1024, 1), 1, 1)
+        arguments = [f"operands.{name}" for name in shape.operands]
+        arguments += [f"request->scalars[{i}]" for i in range(len(shape.scalars))]
+        return _ENTRY.format(symbol=symbol, arguments=", ".join(arguments))
+
     def __call__(
-        self, a: torch.Tensor, packed: PackedWeight, max_clusters: int, *, seed: int, early: bool
-    ) -> torch.Tensor:
+        self, a: torch.Tensor, packed: PackedWeight, max_clusters: int, *,
+        seed: int, copies: str, resident: int | None = None, raster: int = 1,
+    ) -> torch.Tensor:  # fmt: skip
         """C (m, n) of A (m, k); what the kernel does not write is NaN.
 
-        ``early``: cp.async copies when it is issued, not when it is waited for. Raises RuntimeError when the kernel
-        touches memory that is not its own.
+        ``max_clusters`` is what the host believes to fit at once, ``resident`` what does. Raises RuntimeError for what
+        hardware would not forgive (deadlocks, races with copies, memory that is not the kernel's) or would not tell
+        (writes around C, locks left behind).
         """
-        problem = Problem(packed.n, packed.k, a.shape[0])
-        c = torch.full((problem.m, problem.n), float("nan"), dtype=torch.float16)
-        shape = MMA.launch_shape(Plan(self.config), problem, max_clusters, max_clusters)
-
-        def bytes_of(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long]:
-            return ctypes.c_void_p(tensor.data_ptr()), ctypes.c_long(tensor.nbytes)
-
-        fault = self._emulate(
-            shape.grid, shape.threads, shape.cluster, shape.smem_bytes, seed, early,
-            *bytes_of(a), bytes_of(c)[0], *bytes_of(packed.weight), *bytes_of(packed.scales), *shape.scalars,
+        config, problem = self.config, Problem(packed.n, packed.k, a.shape[0])
+        shape = self._family.launch_shape(Plan(config, raster), problem, max_clusters, max_clusters)
+        guarded = torch.full((problem.m * problem.n + 2 * _GUARD,), _UNWRITTEN, dtype=torch.int16)
+        c = guarded[_GUARD:-_GUARD]
+        partials = torch.full((shape.partials_bytes // 4,), float("nan"))
+        locks = torch.zeros(shape.num_locks, dtype=torch.int32)
+        request = _Request(
+            shape.grid, shape.threads, shape.cluster, resident or max_clusters, shape.smem_bytes,
+            self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies),
+            shape.a_box, shape.c_box, shape.scalars,
+            *map(_Span.of, (a, c, packed.weight, packed.scales, partials, locks)),
         )  # fmt: skip
+        fault = self._emulate(ctypes.byref(request))
         if fault:
-            raise RuntimeError(f"{self.config.key}: {fault.decode()}")
-        return c
+            raise RuntimeError(f"{config.key}: {fault.decode()}")
+        if bool((guarded[:_GUARD] != _UNWRITTEN).any()) or bool((guarded[-_GUARD:] != _UNWRITTEN).any()):
+            raise RuntimeError(f"{config.key}: wrote around C")
+        if bool(locks.any()):
+            raise RuntimeError(f"{config.key}: locks are not zero after the launch: {locks.tolist()}")
+        return c.view(torch.float16).view(problem.m, problem.n)

@@ -129,9 +129,9 @@ def test_kernel_computes_the_product(key: str, problems: tuple[tuple[int, int, i
     kernel = EmulatedKernel(KernelConfig.from_key(key), tmp_path)
     for m, n, k in problems:
         a, packed, dense = _problem(m, n, k)
-        late = kernel(a, packed, 3, seed=1, early=False)
+        late = kernel(a, packed, 3, seed=1, copies="late")
         assert _error(late, a.float() @ dense.T) < 1e-3, (m, n, k)
-        early = kernel(a, packed, 3, seed=2, early=True)
+        early = kernel(a, packed, 3, seed=2, copies="early")
         assert torch.equal(late, early), "the result depends on when copies land or in which order threads run"
 
 
@@ -139,7 +139,7 @@ def test_kernel_computes_the_product(key: str, problems: tuple[tuple[int, int, i
 def test_identity_gives_the_dequantised_weight(tmp_path: Path) -> None:
     _, packed, dense = _problem(1, 64, 128)
     kernel = EmulatedKernel(replace(BASE, block_m=64, warps_k=2, dequant="exact"), tmp_path)
-    c = kernel(torch.eye(128, dtype=torch.float16), packed, 4, seed=3, early=False)
+    c = kernel(torch.eye(128, dtype=torch.float16), packed, 4, seed=3, copies="late")
     assert torch.equal(c, dense.half().T)
 
 
@@ -167,7 +167,7 @@ def test_emulator_sees_a_broken_kernel(right: str, wrong: str, tmp_path: Path) -
 
     def is_wrong(seed: int) -> bool:
         try:
-            return not _error(kernel(a, packed, 1, seed=seed, early=False), a.float() @ dense.T) < 1e-3
+            return not _error(kernel(a, packed, 1, seed=seed, copies="late"), a.float() @ dense.T) < 1e-3
         except RuntimeError as fault:
             return "outside" in str(fault)
 
