@@ -55,6 +55,7 @@ class WgmmaFamily:
             "cluster_size": (1, 2, 4),
             "partition": ("tiles", "clusterk", "striped"),
             "dequant": ("exact",),
+            "schedule": ("free", "turns"),
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
@@ -73,6 +74,8 @@ class WgmmaFamily:
             return f"group_size={fmt.group_size} is not a multiple of {SLAB_K}, the k that shares a scale load"
         if c.dequant != "exact":
             return "dequant=deferred needs each token's sum of activations in every warpgroup: as many wgmmas again"
+        if c.schedule == "turns" and c.warps_n // 4 * c.warps_k == 1:
+            return "schedule=turns has nobody to take turns: there is one consumer warpgroup"
         if (c.cluster_size > 1) != (c.partition == "clusterk"):
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):

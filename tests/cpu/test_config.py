@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_gen.arch import ARCHS
-from marlin_gen.config import DEQUANTS, PARTITIONS, KernelConfig, KernelSpec, Plan
+from marlin_gen.config import DEQUANTS, PARTITIONS, SCHEDULES, KernelConfig, KernelSpec, Plan
 from marlin_gen.formats import DTYPES, FORMATS
 
 NUMBER = st.integers(1, 100_000)
@@ -20,6 +20,7 @@ CONFIGS = st.builds(
     *[NUMBER] * 8,
     st.sampled_from(PARTITIONS),
     st.sampled_from(DEQUANTS),
+    st.sampled_from(SCHEDULES),
 )
 PLANS = st.builds(Plan, CONFIGS, NUMBER)
 SPECS = st.builds(KernelSpec, CONFIGS, *(st.sampled_from(sorted(rows)) for rows in (FORMATS, DTYPES, ARCHS)))
@@ -67,6 +68,7 @@ def test_what_is_not_a_plan_key(key):
     [
         ({"partition": "diagonal"}, "partition='diagonal' is not one of"),
         ({"dequant": "later"}, "dequant='later' is not one of"),
+        ({"schedule": "chaos"}, "schedule='chaos' is not one of"),
         ({"block_m": 0}, "block_m=0 is not a positive whole number"),
         ({"num_stages": 2.5}, "num_stages=2.5 is not a positive whole number"),
         ({"cluster_size": "2"}, "cluster_size='2' is not a positive whole number"),

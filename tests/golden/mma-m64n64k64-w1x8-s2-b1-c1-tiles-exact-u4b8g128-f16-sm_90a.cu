@@ -17,6 +17,7 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
+  static constexpr marlin_gen::Schedule kSchedule = marlin_gen::Schedule::kFree;
   // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
   static constexpr int kZeroPoint = 8;

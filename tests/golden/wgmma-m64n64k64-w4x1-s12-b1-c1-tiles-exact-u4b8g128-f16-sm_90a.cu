@@ -17,6 +17,7 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
+  static constexpr marlin_gen::Schedule kSchedule = marlin_gen::Schedule::kFree;
   // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
   static constexpr int kZeroPoint = 8;
@@ -91,7 +92,10 @@ struct Barriers {
 __device__ __forceinline__ int warpgroup_barrier(int consumer) { return 1 + consumer; }
 __device__ __forceinline__ int split_sums_full(int row_tile) { return 1 + kConsumers + row_tile; }
 __device__ __forceinline__ int split_sums_empty(int row_tile) { return 1 + kConsumers + kRowTiles + row_tile; }
-static_assert(1 + kConsumers + 2 * kRowTiles <= 16);
+constexpr int kSplitBarriers = kSplits > 1 ? 2 * kRowTiles : 0;
+__device__ __forceinline__ int turn_of(int consumer) { return 1 + kConsumers + kSplitBarriers + consumer; }
+constexpr bool kTurns = Config::kSchedule == Schedule::kTurns;
+static_assert(1 + kConsumers + kSplitBarriers + (kTurns ? kConsumers : 0) <= 16);
 
 struct RingPosition {
   int stage;
@@ -238,10 +242,22 @@ struct Consumer {
   // Every thread arrives, since every thread has read weights with ordinary loads: one arrival a warpgroup is no faster.
   __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(barriers.empty(stage)); }
 
+  // The tensor cores take wgmmas in the order of issue, and a warpgroup cannot decode while its own wait to be issued: with turns
+  // one consumer's are all issued before the next one's, so that the others decode meanwhile.
+  __device__ __forceinline__ void take_turn() const {
+    if constexpr (kTurns) ptx::bar_sync(turn_of(consumer()), 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (kTurns) ptx::bar_arrive(turn_of((consumer() + 1) % kConsumers), 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ int consumer() const { return split * kRowTiles + row_tile; }
+
   // Multiplies stage `at` while the stage after it, if there is one, is decoded into the other buffer.
   template <int kBuffer>
   __device__ __forceinline__ void step(RingPosition& at, int& last_stage, bool has_next) {
+    take_turn();
     multiply<kBuffer>(at.stage);
+    pass_turn();
     ptx::wgmma_wait_group<1>();  // the stage before is done: the registers and the stage that it read are free
     if (last_stage >= 0) release(last_stage);
     last_stage = at.stage;
@@ -259,7 +275,8 @@ struct Consumer {
     loaded += count;
 #pragma unroll
     for (int i = 0; i < kQuads * 4; ++i) sums[i] = 0.f;
-    if (kSplits > 1 && mine == 0) return;
+    bool const sits_out = kTurns && mine < ceil_div(count, kSplits);  // the last round has no stage for this consumer
+    if (kSplits > 1 && mine == 0) return sit_out(sits_out);
     int last_stage = -1;
     ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
     decode<0>(at.stage);
@@ -271,6 +288,12 @@ struct Consumer {
     }
     ptx::wgmma_wait_group<0>();
     release(last_stage);
+    sit_out(sits_out);
+  }
+  __device__ __forceinline__ void sit_out(bool does) const {
+    if (!does) return;
+    take_turn();
+    pass_turn();
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
@@ -419,6 +442,7 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     int const consumer = warpgroup - 1, thread = threadIdx.x % kWarpgroup;
     Consumer self{smem, barriers, consumer % kRowTiles, consumer / kRowTiles, thread, thread / 32, thread % 32};
+    if (consumer == kConsumers - 1) self.pass_turn();  // the first turn is the first consumer's
     int pieces = 0;
     for (Piece piece; walk.next(piece); ++pieces) {
       int tile_m, tile_n;
@@ -432,6 +456,7 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen
         self.store(c_map, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
       }
     }
+    if (consumer == 0) self.take_turn();  // the one that the last consumer passed: no barrier is left half full
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
   }
   if constexpr (kRanks > 1) {  // no block may leave while another may still signal its barriers
