@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from marlin_gen import env
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
-from marlin_gen.layout import PackedWeight
+from marlin_gen.layout import PackedWeight, pack
 from marlin_gen.problem import Problem
 from marlin_gen.render import render
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
 
 EMULATOR = Path(__file__).parent / "emulator"
 COPIES = ("late", "early", "anytime")  # when asynchronous copies happen, of the times that the kernel allows
@@ -46,6 +50,7 @@ class _Request(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("grid", "threads", "cluster", "resident", "smem_bytes", "registers")),
         ("seed", ctypes.c_uint),
         ("copies", ctypes.c_int),
+        ("fault", ctypes.c_int),
         ("a_box", ctypes.c_int * 2),
         ("c_box", ctypes.c_int * 2),
         ("scalars", ctypes.c_int * 4),
@@ -65,7 +70,8 @@ class EmulatedKernel:
         stem = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         stem.with_suffix(".cpp").write_text(text)
         includes = ["-I", EMULATOR, "-I", env.templates_dir() / "include"]
-        command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", *includes, "-o", f"{stem}.so", f"{stem}.cpp"]
+        flags = ["-std=c++17", "-Og", "-fno-exceptions", "-w", "-fPIC", "-shared"]  # -Og compiles fastest
+        command = ["g++", *flags, *includes, "-o", f"{stem}.so", f"{stem}.cpp"]
         built = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr[:4000]
         self._emulate = ctypes.CDLL(f"{stem}.so").emulate
@@ -85,13 +91,13 @@ class EmulatedKernel:
 
     def __call__(
         self, a: torch.Tensor, packed: PackedWeight, max_clusters: int, *,
-        seed: int, copies: str, resident: int | None = None, raster: int = 1,
+        seed: int, copies: str, resident: int | None = None, raster: int = 1, fault: int = 0,
     ) -> torch.Tensor:  # fmt: skip
         """C (m, n) of A (m, k); what the kernel does not write is NaN.
 
-        ``max_clusters`` is what the host believes to fit at once, ``resident`` what does. Raises RuntimeError for what
-        hardware would not forgive (deadlocks, races with copies, memory that is not the kernel's) or would not tell
-        (writes around C, locks left behind).
+        ``max_clusters`` is what the host believes to fit at once, ``resident`` what does; ``fault`` is what the kernel
+        reads as emulator::request.fault. Raises RuntimeError for what hardware would not forgive (deadlocks, races with
+        copies, memory that is not the kernel's) or would not tell (writes around C, locks left behind).
         """
         config, problem = self.config, Problem(packed.n, packed.k, a.shape[0])
         shape = self._family.launch_shape(Plan(config, raster), problem, max_clusters, max_clusters)
@@ -101,7 +107,7 @@ class EmulatedKernel:
         locks = torch.zeros(shape.num_locks, dtype=torch.int32)
         request = _Request(
             shape.grid, shape.threads, shape.cluster, resident or max_clusters, shape.smem_bytes,
-            self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies),
+            self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies), fault,
             shape.a_box, shape.c_box, shape.scalars,
             *map(_Span.of, (a, c, packed.weight, packed.scales, partials, locks)),
         )  # fmt: skip
@@ -113,3 +119,17 @@ class EmulatedKernel:
         if bool(locks.any()):
             raise RuntimeError(f"{config.key}: locks are not zero after the launch: {locks.tolist()}")
         return c.view(torch.float16).view(problem.m, problem.n)
+
+
+def random_problem(m: int, n: int, k: int) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
+    """A (m, k), a packed random weight, and that weight dense in fp32 (n, k)."""
+    generator = torch.Generator().manual_seed(m * n + k)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, k // 128, generator=generator) * 0.02 + 0.005).half()
+    a = torch.randn(m, k, generator=generator).half()
+    return a, pack(codes, scales), (codes.float() - 8) * scales.float().repeat_interleave(128, 1)
+
+
+def relative_error(c: torch.Tensor, reference: torch.Tensor) -> float:
+    """|C - reference| / |reference|; NaN if an element was not written."""
+    return ((c.float() - reference).norm() / reference.norm()).item()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from emulation import EmulatedKernel
+from emulation import EmulatedKernel, needs_gxx, random_problem, relative_error
 
 from marlin_gen.arch import ARCHS, Gpu
 from marlin_gen.config import KernelConfig, Plan
 from marlin_gen.families.mma import MMA
 from marlin_gen.formats import FORMATS
-from marlin_gen.layout import PackedWeight, pack
 from marlin_gen.problem import Problem
 
 FORMAT = FORMATS["u4b8g128"]
@@ -95,8 +93,6 @@ def test_empty_product_is_refused() -> None:
     assert MMA.reject_problem(BASE, Problem(64, 128, 1)) is None
 
 
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
-
 # One case per feature: a ring deeper or shallower than k, warps along n, passes that end early, k that ends inside a
 # stage, several token tiles, sums added up in parts, clusters with and without work for every block.
 CASES = (
@@ -110,34 +106,21 @@ CASES = (
 )
 
 
-def _problem(m: int, n: int, k: int) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
-    """A (m, k), a packed random weight, and that weight dense in fp32 (n, k)."""
-    generator = torch.Generator().manual_seed(m * n + k)
-    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(n, k // 128, generator=generator) * 0.02 + 0.005).half()
-    a = torch.randn(m, k, generator=generator).half()
-    return a, pack(codes, scales), (codes.float() - 8) * scales.float().repeat_interleave(128, 1)
-
-
-def _error(c: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((c.float() - reference).norm() / reference.norm()).item()
-
-
 @needs_gxx
 @pytest.mark.parametrize(("key", "problems"), CASES, ids=[key for key, _ in CASES])
 def test_kernel_computes_the_product(key: str, problems: tuple[tuple[int, int, int], ...], tmp_path: Path) -> None:
     kernel = EmulatedKernel(KernelConfig.from_key(key), tmp_path)
     for m, n, k in problems:
-        a, packed, dense = _problem(m, n, k)
+        a, packed, dense = random_problem(m, n, k)
         late = kernel(a, packed, 3, seed=1, copies="late")
-        assert _error(late, a.float() @ dense.T) < 1e-3, (m, n, k)
+        assert relative_error(late, a.float() @ dense.T) < 1e-3, (m, n, k)
         early = kernel(a, packed, 3, seed=2, copies="early")
         assert torch.equal(late, early), "the result depends on when copies land or in which order threads run"
 
 
 @needs_gxx
 def test_identity_gives_the_dequantised_weight(tmp_path: Path) -> None:
-    _, packed, dense = _problem(1, 64, 128)
+    _, packed, dense = random_problem(1, 64, 128)
     kernel = EmulatedKernel(replace(BASE, block_m=64, warps_k=2, dequant="exact"), tmp_path)
     c = kernel(torch.eye(128, dtype=torch.float16), packed, 4, seed=3, copies="late")
     assert torch.equal(c, dense.half().T)
@@ -161,13 +144,13 @@ def test_emulator_sees_a_broken_kernel(right: str, wrong: str, tmp_path: Path) -
         assert text.count(right) == 1
         return text.replace(right, wrong)
 
-    a, packed, dense = _problem(7, 192, 128)
+    a, packed, dense = random_problem(7, 192, 128)
     # Passes of 80 of 192 rows: the last one reaches past the end.
     kernel = EmulatedKernel(replace(BASE, block_n=80, warps_k=2, num_stages=2), tmp_path, broken)
 
     def is_wrong(seed: int) -> bool:
         try:
-            return not _error(kernel(a, packed, 1, seed=seed, copies="late"), a.float() @ dense.T) < 1e-3
+            return not relative_error(kernel(a, packed, 1, seed=seed, copies="late"), a.float() @ dense.T) < 1e-3
         except RuntimeError as fault:
             return "outside" in str(fault)
 

@@ -26,6 +26,7 @@ struct Request {
   int smem_bytes, registers;             // of a block; of a thread, at launch
   unsigned seed;
   int copies;
+  int fault;  // 0, or which of the faults that a test has put into the kernel
   int a_box[2], c_box[2];                // (rows, columns)
   int scalars[4];
   Span a, c, weight, scales, partials, locks;

@@ -1,0 +1,206 @@
+"""The wgmma family's kernel, run instruction by instruction on the CPU, whole and with each of its waits gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, reduce
+
+import pytest
+import torch
+from emulation import COPIES, EmulatedKernel, needs_gxx, random_problem, relative_error
+
+from marlin_gen.config import KernelConfig
+
+pytestmark = needs_gxx
+
+Compiled = Callable[..., EmulatedKernel]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The kernel of a config key, with the faults of that key to choose from or as it is; compiled once a module."""
+    folder = tmp_path_factory.mktemp("kernels")
+
+    @cache
+    def compile_once(key: str, faults: tuple[Fault, ...] = ()) -> EmulatedKernel:
+        return EmulatedKernel(
+            KernelConfig.from_key(key), folder, lambda text: reduce(lambda t, fault: fault.put_into(t), faults, text)
+        )
+
+    return compile_once
+
+
+@dataclass(frozen=True)
+class Case:
+    """One config and what runs on it: (m, n, k), max_clusters, resident clusters, raster."""
+
+    key: str
+    runs: tuple[tuple[tuple[int, int, int], int, int, int], ...]
+
+
+TILES = "wgmma-m16n64k64-w4x1-s3-b1-c1-tiles-exact"
+ROW_TILES = "wgmma-m24n128k128-w8x1-s2-b1-c1-tiles-exact"
+SPLITS_3 = "wgmma-m8n64k64-w4x3-s6-b1-c1-tiles-exact"
+CLUSTER_2 = "wgmma-m16n64k128-w4x1-s2-b1-c2-clusterk-exact"
+STRIPED = "wgmma-m16n64k64-w4x1-s3-b1-c1-striped-exact"
+CASES = (
+    # Rings that wrap in the middle of a tile, blocks with several tiles, a last token tile that is not full.
+    Case(TILES, (((1, 64, 128), 4, 4, 1), ((20, 128, 512), 3, 2, 1))),
+    # Two warpgroups side by side, of which the last tile needs one; two token tiles walked two feature tiles at a time.
+    Case(ROW_TILES, (((50, 192, 384), 3, 3, 1), ((40, 320, 256), 2, 2, 2))),
+    Case("wgmma-m8n64k256-w4x1-s2-b1-c1-tiles-exact", (((9, 64, 1280), 1, 1, 1),)),
+    # k blocks that warpgroups share unevenly; in the first run the last ones have none.
+    Case(SPLITS_3, (((8, 64, 128), 1, 1, 1), ((20, 128, 512), 2, 2, 1))),
+    Case("wgmma-m16n128k128-w8x2-s5-b1-c1-tiles-exact", (((16, 128, 128), 1, 1, 1), ((33, 192, 384), 2, 1, 1))),
+    # Five k blocks over two blocks, six over four; clusters that have several tiles.
+    Case(CLUSTER_2, (((20, 128, 640), 2, 1, 1), ((5, 192, 256), 1, 1, 1))),
+    Case("wgmma-m32n128k64-w8x1-s3-b1-c4-clusterk-exact", (((40, 192, 384), 2, 2, 2),)),
+    # Four tiles of 8 k blocks: stripes of 7 (a tile over two blocks), 3 (over three), 8 (none split), not all resident.
+    Case(
+        STRIPED,
+        (((20, 128, 512), 5, 5, 1), ((20, 128, 512), 11, 1, 1), ((20, 128, 512), 11, 2, 2), ((20, 128, 512), 4, 1, 1)),
+    ),
+    # Two warpgroups along each axis; stripes that end inside a tile, one block at a time.
+    Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact", (((16, 192, 512), 3, 1, 1), ((17, 192, 256), 5, 3, 1))),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.key for case in CASES])
+def test_kernel_computes_the_product(case: Case, compiled: Compiled) -> None:
+    kernel = compiled(case.key)
+    for shape, max_clusters, resident, raster in case.runs:
+        a, packed, dense = random_problem(*shape)
+        late, *others = (
+            kernel(a, packed, max_clusters, seed=seed, copies=copies, resident=resident, raster=raster)
+            for seed, copies in enumerate(COPIES)
+        )
+        assert relative_error(late, a.float() @ dense.T) < 1e-3, shape
+        for other in others:
+            assert torch.equal(late, other), "the result depends on when copies land or in which order threads run"
+
+
+@pytest.mark.parametrize("key", [TILES, STRIPED])
+def test_identity_gives_the_dequantised_weight(key: str, compiled: Compiled) -> None:
+    _, packed, dense = random_problem(1, 128, 128)
+    c = compiled(key)(torch.eye(128, dtype=torch.float16), packed, 5, seed=3, copies="anytime", resident=2)
+    assert torch.equal(c, dense.half().T)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Statements that the kernel contains once, what it may execute instead, and what then must be seen."""
+
+    name: str
+    key: str
+    right: str
+    wrong: str
+    seen: tuple[str, ...]  # one of these is in the emulator's message; WRONG: the result is wrong
+
+    def put_into(self, text: str) -> str:
+        """``text`` with a choice between right and wrong, by emulator::request.fault."""
+        assert text.count(self.right) == 1, self.right
+        number = FAULTS.index(self) + 1
+        choice = f"if (emulator::request.fault == {number}) {{ {self.wrong} }} else {{ {self.right} }}"
+        return text.replace(self.right, choice)
+
+
+WRONG = "wrong result"
+TOUCHED = "touched while a copy to it is under way"
+FAULTS = (
+    Fault(
+        "does not wait for a stage", TILES,
+        "ptx::mbarrier_wait(barriers.full(at.stage), at.phase);\n    decode<0>(at.stage);", "decode<0>(at.stage);",
+        (TOUCHED, WRONG),
+    ),
+    Fault(
+        "releases the stage it multiplies", TILES,
+        "if (last_stage >= 0) release(last_stage);\n    last_stage = at.stage;", "release(last_stage = at.stage);",
+        ("B of a wgmma was overwritten", "more arrivals"),
+    ),
+    Fault(
+        "decodes into registers in use", TILES, "ptx::wgmma_wait_group<1>();", "ptx::wgmma_wait_group<2>();",
+        ("A registers of a wgmma were written", "B of a wgmma was overwritten"),
+    ),
+    Fault(
+        "does not wait for its products", TILES, "ptx::wgmma_wait_group<0>();", "",
+        ("B of a wgmma was overwritten", "sums were written", "products under way", WRONG),
+    ),
+    Fault(
+        "waits for an arrival too many", TILES,
+        "ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup);",
+        "ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup + 1);",
+        ("deadlock",),
+    ),
+    Fault(
+        "expects too few bytes", TILES,
+        "ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes);",
+        "ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes - 16);",
+        ("deadlock",),
+    ),
+    Fault("stores without a fence", TILES, "ptx::fence_proxy_async_shared();", "", ("without fence.proxy.async",)),
+    Fault(
+        "overwrites what is being stored", TILES, "if (thread == 0) ptx::cp_async_bulk_wait_group_read();", "",
+        ("overwritten before a store had read it",),
+    ),
+    Fault(
+        "reads other splits' sums too soon", SPLITS_3, "ptx::bar_sync(full, kSplits * kWarpgroup);", "",
+        (TOUCHED, WRONG),
+    ),
+    Fault(
+        "overwrites its sums before they are read", SPLITS_3, "ptx::bar_sync(empty, kSplits * kWarpgroup);", "",
+        (TOUCHED, WRONG),
+    ),
+    Fault(
+        "takes more registers than there are", SPLITS_3, "ptx::setmaxnreg_inc<Config::kConsumerRegisters>();",
+        "ptx::setmaxnreg_inc<Config::kConsumerRegisters + 8>();",
+        ("wait for registers",),
+    ),
+    Fault(
+        "sends sums to a rank that still reads", CLUSTER_2,
+        "ptx::mbarrier_wait_cluster(barriers.sums_empty(row_tile), phase ^ 1);", "",
+        (TOUCHED, WRONG),
+    ),
+    Fault(
+        "leaves while others signal it", CLUSTER_2, "__syncwarp();", "return;",
+        ("a block that has left",),
+    ),
+    Fault(
+        "stripes wait for later blocks", STRIPED, "next_ = per_block_ * (gridDim.x - 1 - blockIdx.x);",
+        "next_ = per_block_ * blockIdx.x;",
+        ("deadlock",),
+    ),
+    Fault(
+        "unlocks before all have stored", STRIPED,
+        "ptx::fence_gpu();\n      ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);", "",
+        (WRONG,),
+    ),
+)  # fmt: skip
+RUNS = {  # (m, n, k), max_clusters
+    TILES: ((20, 128, 512), 2),
+    SPLITS_3: ((20, 128, 512), 1),
+    CLUSTER_2: ((20, 192, 640), 1),
+    STRIPED: ((20, 128, 512), 11),
+}
+SCHEDULES = 12  # in one of which a fault must show
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_emulator_sees_a_broken_kernel(fault: Fault, compiled: Compiled) -> None:
+    """The tests above can fail: with one of its waits gone, the kernel is found out."""
+    kernel = compiled(fault.key, tuple(f for f in FAULTS if f.key == fault.key))
+    shape, max_clusters = RUNS[fault.key]
+    a, packed, dense = random_problem(*shape)
+
+    def seen(seed: int) -> str | None:
+        try:
+            c = kernel(
+                a, packed, max_clusters, seed=seed, copies=COPIES[seed % 3], resident=min(max_clusters, 2),
+                fault=FAULTS.index(fault) + 1,
+            )  # fmt: skip
+        except RuntimeError as error:
+            return str(error)
+        return None if relative_error(c, a.float() @ dense.T) < 1e-3 else WRONG
+
+    first = next(filter(None, map(seen, range(SCHEDULES))), "nothing")
+    assert any(part in first for part in fault.seen), first
