@@ -63,6 +63,10 @@ CASES = (
     ),
     # Two warpgroups along each axis; stripes that end inside a tile, one block at a time.
     Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact", (((16, 192, 512), 3, 1, 1), ((17, 192, 256), 5, 3, 1))),
+    # Turns of two, three and four warpgroups, some of which have no k block in the last round.
+    Case("wgmma-m16n128k64-w8x1-s3-b1-c1-tiles-exact-turns", (((20, 192, 512), 2, 2, 1),)),
+    Case("wgmma-m8n64k64-w4x3-s6-b1-c1-tiles-exact-turns", (((8, 64, 128), 1, 1, 1), ((20, 128, 512), 2, 2, 1))),
+    Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact-turns", (((16, 192, 512), 3, 1, 1),)),
 )
 
 
