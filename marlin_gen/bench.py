@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from marlin_gen import csv_rows
 from marlin_gen.config import Plan
 from marlin_gen.measurement import Artifact, Measurement, Measurer
 from marlin_gen.problem import Problem
@@ -45,7 +44,7 @@ class BenchRow:
         return self.problem.roofline_us(self.read_floor_us, tflops) / self.us
 
 
-COLUMNS = tuple(f.name for f in fields(BenchRow))
+COLUMNS = csv_rows.columns_of(BenchRow)
 
 
 @dataclass(frozen=True)
@@ -118,36 +117,10 @@ def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]
 
 def write_csv(path: Path, rows: Iterable[BenchRow]) -> None:
     """Write the rows sorted by shape and m; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in sorted(rows, key=lambda r: (r.n, r.k, r.m)):
-            writer.writerow(_text(getattr(row, name)) for name in COLUMNS)
-    os.replace(temporary, path)
+    # Four significant digits are below the spread of any of these times, and keep the diff of two runs readable.
+    csv_rows.write(path, BenchRow, sorted(rows, key=lambda r: (r.n, r.k, r.m)), digits=4)
 
 
 def read_csv(path: Path) -> list[BenchRow]:
     """The rows of a bench.csv; a ValueError that names the file and line when it is not one."""
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} is not a bench: its columns are {reader.fieldnames}, expected {list(COLUMNS)}")
-        rows = []
-        for number, cells in enumerate(reader, 2):
-            try:
-                rows.append(BenchRow(**{f.name: _CONVERT[str(f.type)](cells[f.name]) for f in fields(BenchRow)}))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    return rows
-
-
-_CONVERT = {"int": int, "float": float, "str": str}
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    # Four significant digits are below the spread of any of these times, and keep the diff of two runs readable.
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
+    return csv_rows.read(path, BenchRow, "a bench")

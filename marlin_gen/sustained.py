@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from marlin_gen import csv_rows
 from marlin_gen.config import Plan
 from marlin_gen.measurement import Artifact, Measurer
 from marlin_gen.problem import Problem
@@ -31,7 +30,7 @@ class SustainedRow:
     temperature_c: float | None
 
 
-COLUMNS = tuple(f.name for f in fields(SustainedRow))
+COLUMNS = csv_rows.columns_of(SustainedRow)
 
 
 def kept_share(rows: Sequence[SustainedRow]) -> float:
@@ -54,30 +53,9 @@ def measure(
 
 def write_csv(path: Path, rows: Iterable[SustainedRow]) -> None:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            values = (getattr(row, name) for name in COLUMNS)
-            writer.writerow("" if v is None else f"{v:.5g}" if isinstance(v, float) else v for v in values)
-    os.replace(temporary, path)
+    csv_rows.write(path, SustainedRow, rows, digits=5)
 
 
 def read_csv(path: Path) -> list[SustainedRow]:
     """The rows of a sustained.csv; a ValueError that names the file and line when it is not one."""
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: its columns are {reader.fieldnames}, expected {list(COLUMNS)}")
-        rows = []
-        for number, cells in enumerate(reader, 2):
-            try:
-                sizes = (int(cells["n"]), int(cells["k"]), int(cells["m"]))
-                card = (float(cells[name]) if cells[name] else None for name in COLUMNS[6:])
-                times = (float(cells["seconds"]), float(cells["tflops"]))
-                rows.append(SustainedRow(*sizes, cells["kernel"], *times, *card))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    return rows
+    return csv_rows.read(path, SustainedRow, "a sustained run")
