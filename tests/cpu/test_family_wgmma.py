@@ -52,7 +52,7 @@ CASES = (
     Case("wgmma-m8n64k256-w4x1-s2-b1-c1-tiles-exact", (((9, 64, 1280), 1, 1, 1),)),
     # k blocks that warpgroups share unevenly; in the first run the last ones have none.
     Case(SPLITS_3, (((8, 64, 128), 1, 1, 1), ((20, 128, 512), 2, 2, 1))),
-    Case("wgmma-m16n128k128-w8x2-s5-b1-c1-tiles-exact", (((16, 128, 128), 1, 1, 1), ((33, 192, 384), 2, 1, 1))),
+    Case("wgmma-m16n128k128-w8x2-s4-b1-c1-tiles-exact", (((16, 128, 128), 1, 1, 1), ((33, 192, 384), 2, 1, 1))),
     # Five k blocks over two blocks, six over four; clusters that have several tiles.
     Case(CLUSTER_2, (((20, 128, 640), 2, 1, 1), ((5, 192, 256), 1, 1, 1))),
     Case("wgmma-m32n128k64-w8x1-s3-b1-c4-clusterk-exact", (((40, 192, 384), 2, 2, 2),)),

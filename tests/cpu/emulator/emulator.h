@@ -62,9 +62,14 @@ char const* run(Request const& asked, Kernel kernel) {
   request = asked;
   gridDim.x = request.grid;
   int const m = request.scalars[0], n = request.scalars[1], k = request.scalars[2];
-  Operands const operands{{request.a.data, m, k, request.a_box[0], request.a_box[1]}, {request.c.data, m, n, request.c_box[0], request.c_box[1]},
-                          reinterpret_cast<u16*>(request.a.data), reinterpret_cast<u16*>(request.c.data), request.weight.data, request.scales.data,
-                          reinterpret_cast<f32x4*>(request.partials.data), reinterpret_cast<int*>(request.locks.data)};
+  Operands const operands{{request.a.data, m, k, request.a_box[0], request.a_box[1]},
+                          {request.c.data, m, n, request.c_box[0], request.c_box[1]},
+                          reinterpret_cast<u16*>(request.a.data),
+                          reinterpret_cast<u16*>(request.c.data),
+                          request.weight.data,
+                          request.scales.data,
+                          reinterpret_cast<f32x4*>(request.partials.data),
+                          reinterpret_cast<int*>(request.locks.data)};
   run_grid([&] { kernel(operands); });
   return fault.empty() ? nullptr : fault.c_str();
 }

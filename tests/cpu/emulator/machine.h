@@ -114,7 +114,9 @@ inline void sync(Barrier& barrier, int expected, std::string name) {
   long const generation = barrier.generation;
   arrive(barrier, expected, name.c_str());
   wait_until([&barrier, generation] { return barrier.generation != generation; },
-             [&barrier, name] { return name + " (" + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) + " threads)"; });
+             [&barrier, name] {
+               return name + " (" + std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) + " threads)";
+             });
 }
 
 }  // namespace emulator

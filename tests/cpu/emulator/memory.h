@@ -13,7 +13,9 @@ struct Copy {
 };
 inline std::vector<Copy> in_flight;
 
-inline std::string name_of(u32 address) { return "shared memory at " + std::to_string(address & 0xffffff) + " of rank " + std::to_string(address >> 24); }
+inline std::string name_of(u32 address) {
+  return "shared memory at " + std::to_string(address & 0xffffff) + " of rank " + std::to_string(address >> 24);
+}
 
 inline Block& block_of(u32 address) {
   Cluster& cluster = *my_block().cluster;

@@ -56,7 +56,8 @@ struct WarpWgmma {
     for (int lane = 0; lane < 32; ++lane)
       if (std::memcmp(product.a[lane], product.a_values[lane], 16)) fail("A registers of a wgmma were written before it was waited for");
     for (size_t i = 0; i < product.b_offsets.size(); ++i)
-      if (std::memcmp(&block.smem[product.b_offsets[i]], &product.b_bytes[i * 16], 16)) fail("B of a wgmma was overwritten before it was waited for");
+      if (std::memcmp(&block.smem[product.b_offsets[i]], &product.b_bytes[i * 16], 16))
+        fail("B of a wgmma was overwritten before it was waited for");
   }
 };
 

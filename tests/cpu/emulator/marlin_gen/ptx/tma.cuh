@@ -22,7 +22,8 @@ void for_each_element(TensorMap const& map, int x, int y, Visit visit) {
   for (int row = 0; row < map.box_rows; ++row) {
     for (int column = 0; column < map.box_columns; ++column) {
       bool const inside = y + row >= 0 && y + row < map.rows && x + column >= 0 && x + column < map.columns;
-      visit((row * map.box_columns + column) * 2u, inside ? map.data + (static_cast<long long>(y + row) * map.columns + x + column) * 2 : nullptr);
+      long long const element = static_cast<long long>(y + row) * map.columns + x + column;
+      visit((row * map.box_columns + column) * 2u, inside ? map.data + element * 2 : nullptr);
     }
   }
 }
