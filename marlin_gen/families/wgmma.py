@@ -82,6 +82,9 @@ class WgmmaFamily:
             return f"block_m={c.block_m} is not 8 tokens for each of the cluster's {c.cluster_size} blocks"
         if c.num_stages < 2 * c.warps_k:
             return f"num_stages={c.num_stages} is less than two for each of warps_k={c.warps_k} warpgroups along k"
+        if c.num_stages % c.warps_k:
+            # A stage that goes round has phases that one of them never sees: its parity wait may pass too early.
+            return f"num_stages={c.num_stages} is not a multiple of warps_k={c.warps_k}: each stage has one warpgroup"
         if (self.smem_bytes(c, fmt) + arch.smem_reserved) * c.blocks_per_sm > arch.smem_per_sm:
             return (
                 f"{c.blocks_per_sm} blocks of {self.smem_bytes(c, fmt)} bytes of shared memory do not fit the"

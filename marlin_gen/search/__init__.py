@@ -51,6 +51,8 @@ def tune(
     problems = check_problems(problems)
     gpu, first = measurer.gpu, problems[0]
     fmt = weight_format(first.weight_format)
+    if candidates is not None:  # a recording may hold what is not legal any more
+        candidates = [c for c in candidates if FAMILIES.of(c).reject_reason(c, fmt, gpu.arch) is None]
     space = candidates_of(candidates or ConfigSpace(gpu.arch, fmt, FAMILIES).enumerate())
 
     def spec_of(config: KernelConfig) -> KernelSpec:

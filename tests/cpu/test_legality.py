@@ -144,3 +144,12 @@ def test_launch_shapes_are_launchable(family, arch, fmt):
 def test_an_unknown_family_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown kernel family 'simt'; known: mma, wgmma"):
         FAMILIES.of(KernelConfig("simt", *[1] * 8, "tiles", "exact"))
+
+
+def test_warpgroups_along_k_never_share_a_stage():
+    """Else a parity wait can be two phases off and pass at once, on copies that have not landed."""
+    uneven = KernelConfig.from_key("wgmma-m8n64k64-w4x2-s5-b1-c1-tiles-exact")
+    reason = FAMILIES.of(uneven).reject_reason(uneven, FORMATS["u4b8g128"], ARCHS["sm_90a"])
+    assert reason is not None and reason.startswith("num_stages=5 is not a multiple of warps_k=2")
+    even = replace(uneven, num_stages=6)
+    assert FAMILIES.of(even).reject_reason(even, FORMATS["u4b8g128"], ARCHS["sm_90a"]) is None

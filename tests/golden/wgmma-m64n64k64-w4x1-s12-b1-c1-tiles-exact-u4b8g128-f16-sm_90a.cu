@@ -78,7 +78,7 @@ constexpr int kBarriersAt = kRankSumsAt + (kRanks > 1 ? kRowTiles * kQuads * kQu
 constexpr int kNumBarriers = 2 * kStages + (kRanks > 1 ? 2 * kRowTiles : 0);
 static_assert(kBarriersAt + kNumBarriers * 8 == Config::kSmemBytes);
 static_assert((1 + kConsumers) * kWarpgroup == Config::kThreads);
-static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits);
+static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplits == 0);
 
 struct Barriers {
   u32 base;
