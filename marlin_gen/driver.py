@@ -32,13 +32,6 @@ def call(name: str, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
-def attribute(function: Any, name: str) -> int:
-    """A function attribute such as NUM_REGS."""
-    return int(
-        call("cuFuncGetAttribute", getattr(_driver().CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}"), function)
-    )
-
-
 def identify(device_index: int) -> Gpu:
     """The identity of a CUDA device. Needs no context."""
     call("cuInit", 0)

@@ -38,6 +38,5 @@ struct alignas(16) f32x4 {
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 }  // namespace marlin_gen

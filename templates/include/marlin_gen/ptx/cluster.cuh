@@ -26,11 +26,6 @@ __device__ __forceinline__ u32 mapa(u32 address, u32 rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
-__device__ __forceinline__ float ld_shared_cluster_f32(u32 address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
 __device__ __forceinline__ f32x4 ld_shared_cluster_f32x4(u32 address) {
   f32x4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"

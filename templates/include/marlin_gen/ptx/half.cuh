@@ -40,11 +40,6 @@ __device__ __forceinline__ u32 pack_f16x2(float lo, float hi) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
   return d;
 }
-__device__ __forceinline__ u16 to_f16(float x) {
-  u16 d;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(x));
-  return d;
-}
 __device__ __forceinline__ float from_f16(u16 x) {
   float d;
   asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));

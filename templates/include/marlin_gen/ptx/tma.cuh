@@ -9,9 +9,6 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
-__device__ __forceinline__ void prefetch_tensormap(TensorMap const* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // One box at element coordinates (x, y), x along the contiguous dimension; out-of-range elements read as zero.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d_load(u32 smem, TensorMap const* map, int x, int y, u32 barrier) {
   asm volatile(

@@ -60,7 +60,6 @@ struct TensorStore {
 namespace marlin_gen::ptx {
 using namespace emulator;
 
-inline void prefetch_tensormap(TensorMap const*) {}
 inline u64 createpolicy_evict_first() { return 0; }
 inline void cp_async_bulk_load(u32 smem, void const* gmem, int bytes, u32 barrier, u64) {
   Block& block = my_block();
