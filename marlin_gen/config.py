@@ -14,7 +14,6 @@ from marlin_gen.formats import DTYPES, FORMATS, DType, WeightFormat
 
 PARTITIONS = ("tiles", "clusterk", "striped")
 DEQUANTS = ("exact", "deferred")
-SCHEDULES = ("free", "turns")
 
 
 @dataclass(frozen=True, order=True)
@@ -32,15 +31,12 @@ class KernelConfig:
     cluster_size: int  # blocks of a cluster; 1 = none
     partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: even k ranges, in order
     dequant: str  # exact: zero point and scale applied in registers; deferred: to the fp32 sums of each group
-    schedule: str = "free"  # turns: one consumer at a time feeds the tensor cores, while the others decode
 
     def __post_init__(self) -> None:
         if self.partition not in PARTITIONS:
             raise ValueError(f"partition={self.partition!r} is not one of {PARTITIONS}")
         if self.dequant not in DEQUANTS:
             raise ValueError(f"dequant={self.dequant!r} is not one of {DEQUANTS}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is not one of {SCHEDULES}")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" and (not isinstance(value, int) or value < 1):
@@ -51,7 +47,6 @@ class KernelConfig:
         return (
             f"{self.family}-m{self.block_m}n{self.block_n}k{self.block_k}-w{self.warps_n}x{self.warps_k}"
             f"-s{self.num_stages}-b{self.blocks_per_sm}-c{self.cluster_size}-{self.partition}-{self.dequant}"
-            f"{'' if self.schedule == 'free' else f'-{self.schedule}'}"
         )
 
     @classmethod
@@ -59,14 +54,13 @@ class KernelConfig:
         found = _CONFIG_KEY.fullmatch(key)
         if not found:
             raise ValueError(f"not a kernel config key: {key!r}; example: {_EXAMPLE}")
-        family, *numbers, partition, dequant, schedule = found.groups()
-        words = (partition, dequant, schedule or "free")
-        return cls(family, *map(int, numbers), *words)  # type: ignore[arg-type, call-arg]
+        family, *numbers, partition, dequant = found.groups()
+        return cls(family, *map(int, numbers), partition, dequant)  # type: ignore[arg-type, call-arg]
 
 
 _EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"
 _CONFIG_KEY = re.compile(
-    r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)(?:-([a-z]+))?"
+    r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)"
 )
 
 

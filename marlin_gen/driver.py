@@ -69,7 +69,7 @@ class Function:
 
 
 def load(cubin: Path, symbol: str, smem_bytes: int) -> Function:
-    """Load a cubin into the current context and allow its dynamic shared memory."""
+    """Load a cubin into the current context and allow it ``smem_bytes`` of dynamic shared memory."""
     try:
         image = cubin.read_bytes()
     except OSError as error:
@@ -81,18 +81,29 @@ def load(cubin: Path, symbol: str, smem_bytes: int) -> Function:
     return Function(function, module)
 
 
-def launch_config(grid: int, threads: int, smem_bytes: int, cluster: int) -> Any:
-    """A reusable CUlaunchConfig for one-dimensional grids; set ``hStream`` before each launch."""
+def launch_config(grid: int, threads: int, smem_bytes: int, cluster: int, dependent: bool = False) -> Any:
+    """A reusable CUlaunchConfig for one-dimensional grids; set ``hStream`` before each launch.
+
+    ``dependent``: a kernel that calls griddepcontrol.wait may start before the one ahead of it on the stream is done.
+    """
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = smem_bytes
+    attributes = []
     if cluster > 1:
         dimension = driver.CUlaunchAttribute()
         dimension.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         dimension.value.clusterDim.x, dimension.value.clusterDim.y, dimension.value.clusterDim.z = cluster, 1, 1
-        config.attrs, config.numAttrs = [dimension], 1
+        attributes.append(dimension)
+    if dependent:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(early)
+    if attributes:
+        config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 

@@ -21,7 +21,7 @@ from marlin_gen.families.base import KernelFamily
 log = logging.getLogger("marlin_gen")
 
 # Config fields that are words become enumerators of these types in templates/include/marlin_gen/types.cuh.
-ENUMS = {"partition": "marlin_gen::Partition", "dequant": "marlin_gen::Dequant", "schedule": "marlin_gen::Schedule"}
+ENUMS = {"partition": "marlin_gen::Partition", "dequant": "marlin_gen::Dequant"}
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 

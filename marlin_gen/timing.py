@@ -192,8 +192,10 @@ class Bench:
             yield elapsed, stretch * 1e6 / (replays * graph.calls)
         self.stream.synchronize()
 
-    def graph(self, kernel: Kernel, plan: Plan, problem: Problem, calls: int | None = None) -> Graph:
-        """A graph of so many calls (default: as the finals)."""
+    def graph(
+        self, kernel: Kernel, plan: Plan, problem: Problem, calls: int | None = None, dependent: bool = False
+    ) -> Graph:
+        """A graph of so many calls (default: as the finals), each started as ``Launcher.run_with`` says."""
         shape = self.shape(problem)
         a, _, _ = shape.cell(problem.m)
         out = torch.empty(problem.m, problem.n, device=self.device, dtype=shape.dtype)
@@ -204,6 +206,8 @@ class Bench:
 
         def call(i: int) -> None:
             packed = shape.packed[i % len(shape.packed)]
-            self.launcher.run_with(kernel, plan, problem, a, packed.weight, packed.scales, out, partials, locks)
+            self.launcher.run_with(
+                kernel, plan, problem, a, packed.weight, packed.scales, out, partials, locks, dependent=dependent
+            )
 
         return Graph(call, calls or calls_of(problem), self.stream)

@@ -16,7 +16,8 @@ from marlin_gen.problem import Problem
 class LaunchShape:
     """How one plan is launched on one problem: everything but the pointers.
 
-    Kernel arguments are ``operands`` in order, then ``scalars`` as int32 in order.
+    Kernel arguments are ``operands`` in order, then ``scalars`` as int32 in order, then whether the launch is dependent
+    (``Launcher.run_with``).
     """
 
     grid: int  # blocks

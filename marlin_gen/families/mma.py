@@ -75,14 +75,11 @@ class MmaFamily:
             "cluster_size": (1, 2, 4) if arch.has_tma else (1,),
             "partition": ("tiles", "clusterk") if arch.has_tma else ("tiles",),
             "dequant": ("exact", "deferred"),
-            "schedule": ("free",),
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
         """None, or why this binary cannot be built or run. Cheap checks first: a search asks for every candidate."""
         c = config
-        if c.schedule != "free":
-            return f"schedule={c.schedule!r} is for warpgroups; the warps of the mma family do not wait for each other"
         if c.partition == "striped":
             return "partition='striped' is not made by the mma family, whose clusters own whole rows; use 'tiles'"
         if (c.partition == "clusterk") != (c.cluster_size > 1):

@@ -55,7 +55,6 @@ class WgmmaFamily:
             "cluster_size": (1, 2, 4),
             "partition": ("tiles", "clusterk", "striped"),
             "dequant": ("exact",),
-            "schedule": ("free", "turns"),
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
@@ -74,8 +73,6 @@ class WgmmaFamily:
             return f"group_size={fmt.group_size} is not a multiple of {SLAB_K}, the k that shares a scale load"
         if c.dequant != "exact":
             return "dequant=deferred needs each token's sum of activations in every warpgroup: as many wgmmas again"
-        if c.schedule == "turns" and c.warps_n // 4 * c.warps_k == 1:
-            return "schedule=turns has nobody to take turns: there is one consumer warpgroup"
         if (c.cluster_size > 1) != (c.partition == "clusterk"):
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):
@@ -104,7 +101,7 @@ class WgmmaFamily:
             return f"k={problem.k} is not a multiple of block_k={config.block_k}"
         if problem.k // config.block_k < config.cluster_size:
             return f"k={problem.k} has fewer blocks of block_k={config.block_k} than cluster_size={config.cluster_size}"
-        if self.num_tiles(config, problem) * (problem.k // config.block_k) >= 2**40:
+        if self.num_tiles(config, problem) * (problem.k // config.block_k) >= 2**30:  # int32 in the kernel
             return f"m={problem.m} is too large"
         return None
 

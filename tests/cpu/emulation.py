@@ -50,6 +50,7 @@ class _Request(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("grid", "threads", "cluster", "resident", "smem_bytes", "registers")),
         ("seed", ctypes.c_uint),
         ("copies", ctypes.c_int),
+        ("dependent", ctypes.c_int),
         ("fault", ctypes.c_int),
         ("a_box", ctypes.c_int * 2),
         ("c_box", ctypes.c_int * 2),
@@ -86,17 +87,19 @@ class EmulatedKernel:
     def _entry(self, symbol: str) -> str:
         shape = self._family.launch_shape(Plan(self.config), Problem(256, 1024, 1), 1, 1)
         arguments = [f"operands.{name}" for name in shape.operands]
-        arguments += [f"request->scalars[{i}]" for i in range(len(shape.scalars))]
+        arguments += [f"request->scalars[{i}]" for i in range(len(shape.scalars))] + ["request->dependent"]
         return _ENTRY.format(symbol=symbol, arguments=", ".join(arguments))
 
     def __call__(
         self, a: torch.Tensor, packed: PackedWeight, max_clusters: int, *,
-        seed: int, copies: str, resident: int | None = None, raster: int = 1, fault: int = 0,
+        seed: int, copies: str, resident: int | None = None, raster: int = 1, dependent: bool | None = None,
+        fault: int = 0,
     ) -> torch.Tensor:  # fmt: skip
         """C (m, n) of A (m, k); what the kernel does not write is NaN.
 
-        ``max_clusters`` is what the host believes to fit at once, ``resident`` what does; ``fault`` is what the kernel
-        reads as emulator::request.fault. Raises RuntimeError for what hardware would not forgive (deadlocks, races with
+        ``max_clusters`` is what the host believes to fit at once, ``resident`` what does; ``dependent`` is as of
+        ``Launcher.run_with``, by default at every second seed; ``fault`` is what the kernel reads as
+        emulator::request.fault. Raises RuntimeError for what hardware would not forgive (deadlocks, races with
         copies, memory that is not the kernel's) or would not tell (writes around C, locks left behind).
         """
         config, problem = self.config, Problem(packed.n, packed.k, a.shape[0])
@@ -107,7 +110,8 @@ class EmulatedKernel:
         locks = torch.zeros(shape.num_locks, dtype=torch.int32)
         request = _Request(
             shape.grid, shape.threads, shape.cluster, resident or max_clusters, shape.smem_bytes,
-            self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies), fault,
+            self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies),
+            seed % 2 if dependent is None else dependent, fault,
             shape.a_box, shape.c_box, shape.scalars,
             *map(_Span.of, (a, c, packed.weight, packed.scales, partials, locks)),
         )  # fmt: skip

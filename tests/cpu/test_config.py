@@ -68,7 +68,6 @@ def test_what_is_not_a_plan_key(key):
     [
         ({"partition": "diagonal"}, "partition='diagonal' is not one of"),
         ({"dequant": "later"}, "dequant='later' is not one of"),
-        ({"schedule": "chaos"}, "schedule='chaos' is not one of"),
         ({"block_m": 0}, "block_m=0 is not a positive whole number"),
         ({"num_stages": 2.5}, "num_stages=2.5 is not a positive whole number"),
         ({"cluster_size": "2"}, "cluster_size='2' is not a positive whole number"),

@@ -63,10 +63,6 @@ CASES = (
     ),
     # Two warpgroups along each axis; stripes that end inside a tile, one block at a time.
     Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact", (((16, 192, 512), 3, 1, 1), ((17, 192, 256), 5, 3, 1))),
-    # Turns of two, three and four warpgroups, some of which have no k block in the last round.
-    Case("wgmma-m16n128k64-w8x1-s3-b1-c1-tiles-exact-turns", (((20, 192, 512), 2, 2, 1),)),
-    Case("wgmma-m8n64k64-w4x3-s6-b1-c1-tiles-exact-turns", (((8, 64, 128), 1, 1, 1), ((20, 128, 512), 2, 2, 1))),
-    Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact-turns", (((16, 192, 512), 3, 1, 1),)),
 )
 
 
@@ -132,8 +128,8 @@ FAULTS = (
     ),
     Fault(
         "waits for an arrival too many", TILES,
-        "ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup);",
-        "ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup + 1);",
+        "ptx::mbarrier_init(empty(stage), kRowTiles * kWarpgroup);",
+        "ptx::mbarrier_init(empty(stage), kRowTiles * kWarpgroup + 1);",
         ("deadlock",),
     ),
     Fault(
@@ -142,7 +138,15 @@ FAULTS = (
         "ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes - 16);",
         ("deadlock",),
     ),
-    Fault("stores without a fence", TILES, "ptx::fence_proxy_async_shared();", "", ("without fence.proxy.async",)),
+    Fault(
+        "stores without a fence", TILES,
+        "ptx::fence_proxy_async_shared();\n    ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);",
+        "ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);",
+        ("without fence.proxy.async",),
+    ),
+    Fault(
+        "starts before the barriers are there", TILES, "barriers.ready_sync();", "", ("deadlock", "mbarrier"),
+    ),
     Fault(
         "overwrites what is being stored", TILES, "if (thread == 0) ptx::cp_async_bulk_wait_group_read();", "",
         ("overwritten before a store had read it",),
@@ -166,18 +170,24 @@ FAULTS = (
         (TOUCHED, WRONG),
     ),
     Fault(
-        "leaves while others signal it", CLUSTER_2, "__syncwarp();", "return;",
+        "leaves while others signal it", CLUSTER_2,
+        "if (warpgroup == 0) ptx::barrier_cluster_wait_acquire();  // of ready_arrive\n", "return;",
         ("a block that has left",),
     ),
     Fault(
-        "stripes wait for later blocks", STRIPED, "next_ = per_block_ * (gridDim.x - 1 - blockIdx.x);",
+        "stripes wait for later blocks", STRIPED, "next_ = per_block_ * (blocks - 1 - static_cast<int>(blockIdx.x));",
         "next_ = per_block_ * blockIdx.x;",
         ("deadlock",),
     ),
     Fault(
-        "unlocks before all have stored", STRIPED,
-        "ptx::fence_gpu();\n      ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);", "",
-        (WRONG,),
+        "loads activations of the kernel before it", TILES,
+        "ptx::griddepcontrol_wait();\n        stage = 0, first_round = false;", "stage = 0, first_round = false;",
+        ("a load of A before griddepcontrol.wait",),
+    ),
+    Fault(
+        "stores into what the kernel before it reads", TILES,
+        "if (dependent) ptx::griddepcontrol_wait();  // before anything is written\n", "",
+        ("a store of C before griddepcontrol.wait",),
     ),
 )  # fmt: skip
 RUNS = {  # (m, n, k), max_clusters

@@ -67,7 +67,7 @@ def test_file_is_reviewable(written):
     assert len(rows) == len(ROWS), "one row per line"
     assert rows[1]["plan"] == {
         "family": "wgmma", "block_m": 16, "block_n": 64, "block_k": 256, "warps_n": 4, "warps_k": 1, "num_stages": 4,
-        "blocks_per_sm": 1, "cluster_size": 1, "partition": "tiles", "dequant": "exact", "schedule": "free",
+        "blocks_per_sm": 1, "cluster_size": 1, "partition": "tiles", "dequant": "exact",
         "raster": 1,
     }  # fmt: skip
     assert str(written.folder) not in "\n".join(lines)

@@ -17,7 +17,6 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kDeferred;
-  static constexpr marlin_gen::Schedule kSchedule = marlin_gen::Schedule::kFree;
   // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
   static constexpr int kZeroPoint = 8;
@@ -31,6 +30,7 @@ struct Config {
 #include "marlin_gen/dequant.cuh"
 #include "marlin_gen/ptx/cluster.cuh"
 #include "marlin_gen/ptx/cp_async.cuh"
+#include "marlin_gen/ptx/grid.cuh"
 #include "marlin_gen/ptx/half.cuh"
 #include "marlin_gen/ptx/mma.cuh"
 #include "marlin_gen/ptx/shared.cuh"
@@ -92,7 +92,7 @@ static_assert(Config::kBits == 4, "the decoder reads 4-bit codes");
 static_assert(Config::kGroupSize % kSliceK == 0, "a slice has one scale per row");
 static_assert(kStagesFillK || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");
-static_assert(Config::kPartition != Partition::kStriped, "every cluster computes whole rows");
+static_assert(Config::kPartition == Partition::kTiles || Config::kPartition == Partition::kClusterk, "clusters compute whole rows");
 
 // What one warp does: `num_passes` times over the row blocks, `num_steps` stages of k each.
 struct Share {
@@ -232,6 +232,20 @@ struct Loader {
     }
   }
 };
+
+// Weights are constants: the first of them come to L2 while the kernel before this one, whose output A may be, still runs.
+__device__ __forceinline__ void prefetch_weights(Share const& share, u8 const* weight) {
+  // An eighth of k, and at most what an SM reads in about 1.4 us: more would only delay the kernel before this one.
+  constexpr int kMostBytes = 32768 / Config::kBlocksPerSm;
+  int const slices = share.k / kSliceK, row_blocks = share.row_block_end - share.row_block_begin;
+  int const early = min(ceil_div(slices, 8), kMostBytes / kRowBlockBytes / max(row_blocks, 1));
+  for (int row_block = share.row_block_begin; row_block < share.row_block_end; row_block = row_block / 4 * 4 + 4) {
+    int const rows = min(share.row_block_end - row_block, 4 - row_block % 4);  // of this 64-row tile
+    u8 const* const first = weight + u64(row_block / 4) * u32(slices) * kTileBytes + row_block % 4 * kRowBlockBytes;
+    for (int slice = threadIdx.x; slice < early; slice += Config::kThreads)
+      ptx::cp_async_bulk_prefetch_l2(first + u32(slice) * kTileBytes, rows * kRowBlockBytes);
+  }
+}
 
 // B fragments of one slice: for each k16 step and 8 tokens, two registers.
 using Activations = u32[4][kTokenBlocks][2];
@@ -396,11 +410,16 @@ __device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulato
 // ceil(n / 16 / row_blocks_per_cluster) * ceil(m / kBlockM) clusters.
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     mma_m8n32k128_w1x8_s4_b1_c1_tiles_deferred_u4b8g128(u16 const* __restrict__ a, u16* __restrict__ c, u8 const* __restrict__ weight, u8 const* __restrict__ scales,
-        int m, int n, int k, int row_blocks_per_cluster) {
+        int m, int n, int k, int row_blocks_per_cluster, int dependent) {
   extern __shared__ __align__(1024) u8 smem_bytes[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_bytes);
   Share const share(m, n, k, row_blocks_per_cluster);
   Loader loader(share, a, weight, scales);
+  if (dependent) {  // a plain launch does without: 0.06 us for the instructions, 0.5 us for the prefetch
+    ptx::griddepcontrol_launch_dependents();
+    prefetch_weights(share, weight);
+    ptx::griddepcontrol_wait();
+  }
 
   u32 const ring = ptx::smem_address(smem.ring[threadIdx.x / 32]);
 #pragma unroll 1  // a short program starts sooner

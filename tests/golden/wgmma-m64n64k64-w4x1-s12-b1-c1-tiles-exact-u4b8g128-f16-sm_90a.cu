@@ -17,7 +17,6 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
-  static constexpr marlin_gen::Schedule kSchedule = marlin_gen::Schedule::kFree;
   // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
   static constexpr int kZeroPoint = 8;
@@ -40,6 +39,7 @@ struct Config {
 #include "marlin_gen/dequant.cuh"
 #include "marlin_gen/ptx/cluster.cuh"
 #include "marlin_gen/ptx/global.cuh"
+#include "marlin_gen/ptx/grid.cuh"
 #include "marlin_gen/ptx/mbarrier.cuh"
 #include "marlin_gen/ptx/shared.cuh"
 #include "marlin_gen/ptx/tma.cuh"
@@ -60,6 +60,7 @@ constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale
 constexpr int kQuads = Config::kBlockM / 8;    // accumulator quads of a thread: rows g, g + 8 by two tokens, per 8 tokens
 constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stores
 constexpr int kStages = Config::kNumStages;
+constexpr int kEarlyStages = 2;  // whose weights a dependent launch asks for before its activations exist
 
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
 constexpr int kSlabBytes = Config::kBlockM * 128;
@@ -82,6 +83,27 @@ static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplit
 
 struct Barriers {
   u32 base;
+  __device__ void init() const {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(empty(stage), kRowTiles * kWarpgroup);
+    }
+    for (int row_tile = 0; kRanks > 1 && row_tile < kRowTiles; ++row_tile) {
+      ptx::mbarrier_init(sums_full(row_tile), 1);
+      ptx::mbarrier_init(sums_empty(row_tile), kRanks);
+    }
+    ptx::fence_mbarrier_init();
+    ptx::fence_proxy_async_shared();
+  }
+  // Between init and the consumers' first use, in every block of the cluster; every warp calls one of them.
+  __device__ void ready_arrive() const {
+    if constexpr (kRanks > 1) ptx::barrier_cluster_arrive_release();
+    else ptx::bar_arrive(0, Config::kThreads);
+  }
+  __device__ void ready_sync() const {
+    if constexpr (kRanks > 1) ptx::barrier_cluster_sync();
+    else ptx::bar_sync(0, Config::kThreads);
+  }
   __device__ u32 full(int stage) const { return base + stage * 8; }                                  // the producer has filled it
   __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }                     // its consumers are done
   __device__ u32 sums_full(int row_tile) const { return base + (2 * kStages + row_tile) * 8; }       // all ranks' sums are here
@@ -92,10 +114,7 @@ struct Barriers {
 __device__ __forceinline__ int warpgroup_barrier(int consumer) { return 1 + consumer; }
 __device__ __forceinline__ int split_sums_full(int row_tile) { return 1 + kConsumers + row_tile; }
 __device__ __forceinline__ int split_sums_empty(int row_tile) { return 1 + kConsumers + kRowTiles + row_tile; }
-constexpr int kSplitBarriers = kSplits > 1 ? 2 * kRowTiles : 0;
-__device__ __forceinline__ int turn_of(int consumer) { return 1 + kConsumers + kSplitBarriers + consumer; }
-constexpr bool kTurns = Config::kSchedule == Schedule::kTurns;
-static_assert(1 + kConsumers + kSplitBarriers + (kTurns ? kConsumers : 0) <= 16);
+static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 16);
 
 struct RingPosition {
   int stage;
@@ -113,33 +132,34 @@ struct Piece {
   int tile, first, count;
 };
 
+constexpr bool kStripes = Config::kPartition == Partition::kStriped;
+
 // The pieces of this block, in order. Both roles walk the same list.
 class Walk {
  public:
   __device__ Walk(int num_tiles, int k_blocks) : num_tiles_(num_tiles), k_blocks_(k_blocks) {
-    if constexpr (Config::kPartition == Partition::kStriped) {
+    if constexpr (kStripes) {
       // The block that holds a tile's last k comes to it first and passes its sums on to the one before. That one has the higher
       // block index, so a block waits only for blocks that were scheduled before it.
-      long long const total = static_cast<long long>(num_tiles) * k_blocks;
-      per_block_ = (total + gridDim.x - 1) / gridDim.x;
-      next_ = per_block_ * (gridDim.x - 1 - blockIdx.x);
-      end_ = next_ + per_block_ < total ? next_ + per_block_ : total;
+      int const total = num_tiles * k_blocks, blocks = gridDim.x;  // the host keeps the total below 2^30
+      per_block_ = ceil_div(total, blocks);
+      next_ = per_block_ * (blocks - 1 - static_cast<int>(blockIdx.x));
+      end_ = min(next_ + per_block_, total);
     } else {
       next_ = blockIdx.x / kRanks;
     }
   }
   __device__ bool next(Piece& piece) {
-    if constexpr (Config::kPartition == Partition::kStriped) {
+    if constexpr (kStripes) {
       if (next_ >= end_) return false;
-      piece.tile = static_cast<int>(next_ / k_blocks_);
-      piece.first = static_cast<int>(next_ % k_blocks_);
-      long long const left = end_ - next_;
-      piece.count = k_blocks_ - piece.first < left ? k_blocks_ - piece.first : static_cast<int>(left);
+      piece.tile = next_ / k_blocks_;
+      piece.first = next_ % k_blocks_;
+      piece.count = min(k_blocks_ - piece.first, end_ - next_);
       next_ += piece.count;
     } else {
       if (next_ >= num_tiles_) return false;
       int const rank = kRanks > 1 ? static_cast<int>(blockIdx.x) % kRanks : 0;
-      piece.tile = static_cast<int>(next_);
+      piece.tile = next_;
       piece.first = k_blocks_ * rank / kRanks;
       piece.count = k_blocks_ * (rank + 1) / kRanks - piece.first;
       next_ += gridDim.x / kRanks;
@@ -147,11 +167,11 @@ class Walk {
     return true;
   }
   // Which stripe starts `tile`: at most one split tile starts in a stripe, so this numbers the scratch slots.
-  __device__ int first_stripe(int tile) const { return static_cast<int>(static_cast<long long>(tile) * k_blocks_ / per_block_); }
+  __device__ int first_stripe(int tile) const { return tile * k_blocks_ / per_block_; }
 
  private:
   int num_tiles_, k_blocks_;
-  long long next_, end_ = 0, per_block_ = 1;
+  int next_, end_ = 0, per_block_ = 1;  // in k blocks of a stripe; else next_ is a tile
 };
 
 struct TileOrder {
@@ -165,35 +185,57 @@ struct TileOrder {
   }
 };
 
-__device__ __forceinline__ void produce(TensorMap const& a_map, u8 const* weight, u8 const* scales, int n, int k, TileOrder order,
-                                        Walk walk, u32 smem, Barriers barriers) {
-  // Weights must not push activations out of L2; the token tiles that share them read them at about the same time.
-  u64 const policy = ptx::createpolicy_evict_first();
+// The packed weights and scales of one k block of a feature tile.
+struct Weights {
+  u8 const *weight, *scales;
+  int n, k;
+  u64 policy = ptx::createpolicy_evict_first();  // they must not push activations out of L2
+
+  __device__ __forceinline__ void load(u32 stage, u32 full, int tile_n, int block) const {
+    // Each row tile in one copy: 2 KB copies are up to 15 % slower.
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      // Past the last feature tile the last is loaded again; it is not stored.
+      long long const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
+      ptx::cp_async_bulk_load(stage + kWeightsAt + row_tile * kSlabs * kWeightTileBytes,
+                              weight + (row * (k / 64) + block * kSlabs) * kWeightTileBytes, kSlabs * kWeightTileBytes, full, policy);
+      ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes,
+                              scales + (row * (k / Config::kGroupSize) + block * Config::kBlockK / Config::kGroupSize) * kScaleTileBytes,
+                              kGroups * kScaleTileBytes, full, policy);
+    }
+  }
+};
+
+__device__ __forceinline__ void produce(TensorMap const& a_map, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers,
+                                        bool dependent) {
   RingPosition at(0);
   at.phase = 1;  // a fresh barrier's previous phase counts as complete: all stages start empty
+  bool first_round = dependent;
   for (Piece piece; walk.next(piece);) {
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
-    for (int block = piece.first; block < piece.first + piece.count; ++block) {
-      u32 const stage = smem + at.stage * kStageBytes, full = barriers.full(at.stage);
+    int const end = piece.first + piece.count;
+    for (int block = piece.first; block < end; ++block, at.advance<1>()) {
+      u32 const full = barriers.full(at.stage);
       ptx::mbarrier_wait(barriers.empty(at.stage), at.phase);
       ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes);
-      // Weights first and each row tile in one copy: activations first is up to 6 % slower, 2 KB copies up to 15 %.
-#pragma unroll
-      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-        // Past the last feature tile the last is loaded again; it is not stored.
-        long long const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
-        ptx::cp_async_bulk_load(stage + kWeightsAt + row_tile * kSlabs * kWeightTileBytes,
-                                weight + (row * (k / 64) + block * kSlabs) * kWeightTileBytes, kSlabs * kWeightTileBytes, full, policy);
-        ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes,
-                                scales + (row * (k / Config::kGroupSize) + block * Config::kBlockK / Config::kGroupSize) * kScaleTileBytes,
-                                kGroups * kScaleTileBytes, full, policy);
+      weights.load(smem + at.stage * kStageBytes, full, tile_n, block);  // before the activations: after them is up to 6 % slower
+      int stage = at.stage;
+      if (first_round) {
+        // Weights are constants: the first of them do not wait for the kernel before this one, whose output A may be. Not a
+        // whole ring of them: the first activations would come 0.7 us later.
+        if (stage + 1 < kEarlyStages && block + 1 < end) continue;
+        ptx::griddepcontrol_wait();
+        stage = 0, first_round = false;
       }
+#pragma unroll 1
+      for (; stage <= at.stage; ++stage) {
 #pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::cp_async_bulk_tensor_2d_load(stage + slab * kSlabBytes, &a_map, (block * kSlabs + slab) * 64, tile_m * Config::kBlockM, full);
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          ptx::cp_async_bulk_tensor_2d_load(smem + stage * kStageBytes + slab * kSlabBytes, &a_map,
+                                            ((block - at.stage + stage) * kSlabs + slab) * 64, tile_m * Config::kBlockM, barriers.full(stage));
+        }
       }
-      at.advance<1>();
     }
   }
 }
@@ -242,22 +284,10 @@ struct Consumer {
   // Every thread arrives, since every thread has read weights with ordinary loads: one arrival a warpgroup is no faster.
   __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(barriers.empty(stage)); }
 
-  // The tensor cores take wgmmas in the order of issue, and a warpgroup cannot decode while its own wait to be issued: with turns
-  // one consumer's are all issued before the next one's, so that the others decode meanwhile.
-  __device__ __forceinline__ void take_turn() const {
-    if constexpr (kTurns) ptx::bar_sync(turn_of(consumer()), 2 * kWarpgroup);
-  }
-  __device__ __forceinline__ void pass_turn() const {
-    if constexpr (kTurns) ptx::bar_arrive(turn_of((consumer() + 1) % kConsumers), 2 * kWarpgroup);
-  }
-  __device__ __forceinline__ int consumer() const { return split * kRowTiles + row_tile; }
-
   // Multiplies stage `at` while the stage after it, if there is one, is decoded into the other buffer.
   template <int kBuffer>
   __device__ __forceinline__ void step(RingPosition& at, int& last_stage, bool has_next) {
-    take_turn();
     multiply<kBuffer>(at.stage);
-    pass_turn();
     ptx::wgmma_wait_group<1>();  // the stage before is done: the registers and the stage that it read are free
     if (last_stage >= 0) release(last_stage);
     last_stage = at.stage;
@@ -275,8 +305,7 @@ struct Consumer {
     loaded += count;
 #pragma unroll
     for (int i = 0; i < kQuads * 4; ++i) sums[i] = 0.f;
-    bool const sits_out = kTurns && mine < ceil_div(count, kSplits);  // the last round has no stage for this consumer
-    if (kSplits > 1 && mine == 0) return sit_out(sits_out);
+    if (kSplits > 1 && mine == 0) return;
     int last_stage = -1;
     ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
     decode<0>(at.stage);
@@ -288,12 +317,6 @@ struct Consumer {
     }
     ptx::wgmma_wait_group<0>();
     release(last_stage);
-    sit_out(sits_out);
-  }
-  __device__ __forceinline__ void sit_out(bool does) const {
-    if (!does) return;
-    take_turn();
-    pass_turn();
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
@@ -355,7 +378,7 @@ struct Consumer {
   // Adds a split tile's sums from its last k block to its first; true where this piece is the first and holds the whole sum.
   // A slot's lock counts the k blocks summed so far, from the end; it is zero again when the tile is done.
   __device__ __forceinline__ bool reduce_stripes(Piece piece, int k_blocks, int slot, f32x4* partials, int* locks) {
-    if constexpr (Config::kPartition != Partition::kStriped) return true;
+    if constexpr (!kStripes) return true;
     bool const is_first = piece.first == 0, is_last = piece.first + piece.count == k_blocks;
     if (is_first && is_last) return true;
     f32x4* const slab = partials + static_cast<long long>(slot * kRowTiles + row_tile) * kQuads * kWarpgroup + thread;
@@ -409,40 +432,34 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const c_map,
-    marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster) {
+    marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int dependent) {
   using namespace marlin_gen;
   extern __shared__ __align__(1024) u8 shared[];
   u32 const smem = ptx::smem_address(shared);
   Barriers const barriers{smem + kBarriersAt};
   // The shuffle tells the compiler that this is uniform: descriptors and stage addresses then stay in uniform registers.
   int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  bool const is_first_warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0) == 0;
 
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(barriers.full(stage), 1);
-      ptx::mbarrier_init(barriers.empty(stage), kRowTiles * kWarpgroup);
-    }
-    for (int row_tile = 0; kRanks > 1 && row_tile < kRowTiles; ++row_tile) {
-      ptx::mbarrier_init(barriers.sums_full(row_tile), 1);
-      ptx::mbarrier_init(barriers.sums_empty(row_tile), kRanks);
-    }
-    ptx::fence_mbarrier_init();
+  if (is_first_warp && ptx::elect_sync()) {
+    if (dependent) ptx::griddepcontrol_launch_dependents();
+    barriers.init();
   }
-  if constexpr (kRanks > 1) ptx::barrier_cluster_sync();
-  else __syncthreads();
-
   TileOrder const order{ceil_div(m, Config::kBlockM), ceil_div(n / 64, kRowTiles), raster};
   int const k_blocks = k / Config::kBlockK;
   Walk walk(order.tiles_m * order.tiles_n, k_blocks);
 
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce(a_map, weight, scales, n, k, order, walk, smem, barriers);
+    __syncwarp();
+    barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
+    if (is_first_warp && ptx::elect_sync()) produce(a_map, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    barriers.ready_sync();
     int const consumer = warpgroup - 1, thread = threadIdx.x % kWarpgroup;
     Consumer self{smem, barriers, consumer % kRowTiles, consumer / kRowTiles, thread, thread / 32, thread % 32};
-    if (consumer == kConsumers - 1) self.pass_turn();  // the first turn is the first consumer's
+    if (dependent) ptx::griddepcontrol_wait();  // before anything is written
     int pieces = 0;
     for (Piece piece; walk.next(piece); ++pieces) {
       int tile_m, tile_n;
@@ -456,11 +473,11 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen
         self.store(c_map, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
       }
     }
-    if (consumer == 0) self.take_turn();  // the one that the last consumer passed: no barrier is left half full
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
   }
   if constexpr (kRanks > 1) {  // no block may leave while another may still signal its barriers
     __syncwarp();              // the aligned barrier wants whole warps; one lane of the producer's comes late
+    if (warpgroup == 0) ptx::barrier_cluster_wait_acquire();  // of ready_arrive
     ptx::barrier_cluster_sync();
   }
 }

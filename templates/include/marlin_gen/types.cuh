@@ -22,12 +22,6 @@ enum class Dequant {
   kDeferred  // to the fp32 sums of each scale group, after it
 };
 
-// Who may feed the tensor cores (KernelConfig.schedule).
-enum class Schedule {
-  kFree,  // every consumer as soon as it has decoded
-  kTurns  // one consumer at a time, while the others decode
-};
-
 // A 16-byte register quad, as wide as one shared-memory access.
 struct alignas(16) u32x4 {
   u32 x, y, z, w;

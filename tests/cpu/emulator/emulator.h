@@ -17,6 +17,7 @@ using std::size_t;
 struct Dim { unsigned x; };
 inline Dim threadIdx, blockIdx, gridDim;
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 #include "memory.h"
 #include "warp.h"
@@ -34,6 +35,7 @@ inline int __shfl_sync(unsigned, int value, int source) {
 #include <marlin_gen/ptx/cluster.cuh>
 #include <marlin_gen/ptx/cp_async.cuh>
 #include <marlin_gen/ptx/global.cuh>
+#include <marlin_gen/ptx/grid.cuh>
 #include <marlin_gen/ptx/half.cuh>
 #include <marlin_gen/ptx/mbarrier.cuh>
 #include <marlin_gen/ptx/mma.cuh>

@@ -26,6 +26,7 @@ struct Request {
   int smem_bytes, registers;             // of a block; of a thread, at launch
   unsigned seed;
   int copies;
+  int dependent;  // launched before the grid that it depends on is done
   int fault;  // 0, or which of the faults that a test has put into the kernel
   int a_box[2], c_box[2];                // (rows, columns)
   int scalars[4];
@@ -49,6 +50,8 @@ struct Thread : Fiber {
   std::vector<u32> unfenced;                     // 16-byte pieces written since the last fence.proxy.async
   int const* lock = nullptr;                     // read last, and what it was
   int lock_value = 0;
+  long cluster_arrival = -1;                     // the generation of the cluster's barrier that it has arrived at
+  bool has_waited = false;                       // for the kernel before this one
 };
 
 struct Barrier { int arrived = 0, expected = 0; long generation = 0; };
@@ -99,6 +102,11 @@ inline void fail(std::string const& what) {
     if (running) fault += " (block " + std::to_string(my_block().index) + ", thread " + std::to_string(self().index) + ")";
   }
   if (running) pause();  // for ever
+}
+
+// A, C and the scratch belong to the kernel before this one until the thread has waited for it.
+inline void check_waited(char const* what) {
+  if (request.dependent && !self().has_waited) fail(std::string(what) + " before griddepcontrol.wait");
 }
 
 // Arrives at a barrier; the last of `expected` threads lets all go on.

@@ -9,6 +9,20 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
+// True in one lane of a converged warp. The compiler then knows that what it guards runs in one lane, and issues a copy with a
+// few moves to uniform registers; under `threadIdx.x == 0` it makes a loop over lanes of each, some 50 clocks.
+__device__ __forceinline__ bool elect_sync() {
+  u32 elected = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "@p mov.u32 %0, 1;\n"
+      "}"
+      : "+r"(elected));
+  return elected != 0;
+}
+
 // One box at element coordinates (x, y), x along the contiguous dimension; out-of-range elements read as zero.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d_load(u32 smem, TensorMap const* map, int x, int y, u32 barrier) {
   asm volatile(

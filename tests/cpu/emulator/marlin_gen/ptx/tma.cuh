@@ -60,6 +60,10 @@ struct TensorStore {
 namespace marlin_gen::ptx {
 using namespace emulator;
 
+inline bool elect_sync() {
+  sync_warp("elect.sync");
+  return self().index % 32 == 0;
+}
 inline u64 createpolicy_evict_first() { return 0; }
 inline void cp_async_bulk_load(u32 smem, void const* gmem, int bytes, u32 barrier, u64) {
   Block& block = my_block();
@@ -72,6 +76,7 @@ inline void cp_async_bulk_load(u32 smem, void const* gmem, int bytes, u32 barrie
   });
 }
 inline void cp_async_bulk_tensor_2d_load(u32 smem, TensorMap const* map, int x, int y, u32 barrier) {
+  check_waited("a load of A");
   Block& block = my_block();
   u32 const offset = own(smem), signal = own(barrier), bytes = box_bytes(*map);
   start_copy(block, offset, bytes, 1024, [=, &block, map = *map](u8* to) {
@@ -83,6 +88,7 @@ inline void cp_async_bulk_tensor_2d_load(u32 smem, TensorMap const* map, int x, 
   });
 }
 inline void cp_async_bulk_tensor_2d_store(TensorMap const* map, u32 smem, int x, int y) {
+  check_waited("a store of C");
   Block& block = my_block();
   u32 const offset = own(smem), bytes = box_bytes(*map);
   check_bounds(block, offset, bytes, 1024);
