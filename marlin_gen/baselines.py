@@ -37,10 +37,12 @@ class Baselines:
     def compare(
         self, problem: Problem, entries: Sequence[tuple[Kernel, Plan]] = ()
     ) -> tuple[list[Measurement], Baseline]:
-        """The entries and both yardsticks, interleaved."""
+        """The entries, also in chains of dependent launches where the GPU can, and both yardsticks, interleaved."""
         shape = self._bench.shape(problem)
         yardsticks = [self.cublas_graph(problem), *self._read_graphs(shape, calls_of(problem))]
-        found, [cublas, *floors] = self._bench.finals(problem, entries, yardsticks)
+        found, [cublas, *floors] = self._bench.finals(
+            problem, entries, yardsticks, chained=self._gpu.arch.has_tma
+        )
         return found, Baseline(problem, min(spread.us for spread in floors), cublas.us)
 
     def _read_graphs(self, shape: Shape, calls: int) -> list[Graph]:

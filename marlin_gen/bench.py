@@ -22,9 +22,10 @@ class BenchRow:
     m: int
     weight_format: str
     act_dtype: str
-    us: float
+    us: float  # of launches one after the other
     us_low: float  # 95 % interval of the median
     us_high: float
+    chained_us: float  # of dependent launches, as the op makes them where the GPU can
     config: str  # Plan.key
     read_floor_us: float  # a plain read of the packed bytes, launch included
     cublas_us: float  # fp16 matmul with the dense weight
@@ -42,6 +43,10 @@ class BenchRow:
     def roofline_fraction(self, tflops: float) -> float:
         """1.0 = as fast as the bytes can be read, or the multiplications done at ``tflops``."""
         return self.problem.roofline_us(self.read_floor_us, tflops) / self.us
+
+    def chained_fraction(self, tflops: float) -> float:
+        """The same of dependent launches; above 1.0 where they hide what the roofline holds of launching."""
+        return self.problem.roofline_us(self.read_floor_us, tflops) / self.chained_us
 
 
 COLUMNS = csv_rows.columns_of(BenchRow)
@@ -76,6 +81,8 @@ class Summary:
     worst_speedup: float
     roofline: float
     worst_roofline: float
+    chained: float  # as roofline, of dependent launches
+    worst_chained: float
 
 
 def summarise(rows: Sequence[BenchRow], tflops: float) -> list[Summary]:
@@ -90,7 +97,9 @@ def summarise(rows: Sequence[BenchRow], tflops: float) -> list[Summary]:
 def _summary(name: str, rows: Sequence[BenchRow], tflops: float) -> Summary:
     speedups = [row.speedup for row in rows]
     fractions = [row.roofline_fraction(tflops) for row in rows]
-    return Summary(name, len(rows), geomean(speedups), min(speedups), geomean(fractions), min(fractions))
+    chained = [row.chained_fraction(tflops) for row in rows]
+    means_and_worst = [value for of in (speedups, fractions, chained) for value in (geomean(of), min(of))]
+    return Summary(name, len(rows), *means_and_worst)
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -110,7 +119,7 @@ def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]
             continue
         yield BenchRow(
             problem.n, problem.k, problem.m, problem.weight_format, problem.act_dtype,
-            found.us, found.us_low or found.us, found.us_high or found.us, plan.key,
+            found.us, found.us_low or found.us, found.us_high or found.us, found.chained_us or found.us, plan.key,
             baseline.read_floor_us, baseline.cublas_us, found.relative_error,
         )  # fmt: skip
 

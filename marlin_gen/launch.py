@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from marlin_gen import driver
+from marlin_gen import driver, env
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.driver import LaunchError
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LaunchShape
 from marlin_gen.problem import Problem
+from marlin_gen.settled import Settled
 
 __all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
 
@@ -95,6 +96,8 @@ class Launcher:
         self.device_index = device_index
         self.gpu: Gpu = driver.identify(device_index)
         self.workspace = Workspace(torch.device("cuda", device_index))
+        self.can_depend = self.gpu.arch.has_tma and env.dependent_launches()
+        self._settled = Settled()
         torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
 
     @classmethod
@@ -120,10 +123,14 @@ class Launcher:
         self, kernel: Kernel, plan: Plan, problem: Problem,
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """``out [m, n] = a [m, k] @ B^T`` on the current stream; tensors contiguous, 16-byte aligned, on it."""
+        """``out [m, n] = a [m, k] @ B^T`` on the current stream; tensors contiguous, 16-byte aligned, on it.
+
+        The launch is dependent (see ``run_with``) where the GPU can and weight and scales have settled.
+        """
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
-        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks)
+        dependent = self.can_depend and self._settled(weight, scales)
+        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, dependent=dependent)
 
     def run_with(
         self, kernel: Kernel, plan: Plan, problem: Problem,

@@ -38,6 +38,7 @@ class Measurement:
     us_high: float | None = None
     relative_error: float | None = None
     detail: str = ""  # what went wrong, one line
+    chained_us: float | None = None  # the same with dependent launches, where that was timed too
 
     @property
     def ok(self) -> bool:
@@ -49,7 +50,7 @@ class Measurement:
             "n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype,
             "plan": self.plan.key, "status": self.status,
         }  # fmt: skip
-        for name in ("us", "us_low", "us_high", "relative_error"):
+        for name in ("us", "us_low", "us_high", "chained_us", "relative_error"):
             if getattr(self, name) is not None:
                 row[name] = getattr(self, name)
         if self.detail:
@@ -61,7 +62,7 @@ class Measurement:
         problem = Problem(row["n"], row["k"], row["m"], row["weight_format"], row["act_dtype"])
         return cls(
             problem, Plan.from_key(row["plan"]), row["status"], row.get("us"), row.get("us_low"),
-            row.get("us_high"), row.get("relative_error"), row.get("detail", ""),
+            row.get("us_high"), row.get("relative_error"), row.get("detail", ""), row.get("chained_us"),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -151,26 +152,39 @@ class Bench:
         return (error if math.isfinite(error) else None), "wrong"
 
     def finals(
-        self, problem: Problem, entries: Sequence[tuple[Kernel, Plan]], yardsticks: Sequence[Graph] = ()
+        self,
+        problem: Problem,
+        entries: Sequence[tuple[Kernel, Plan]],
+        yardsticks: Sequence[Graph] = (),
+        *,
+        chained: bool = False,
     ) -> tuple[list[Measurement], list[Spread]]:
         """Time the entries, and the yardsticks beside them, against each other: one replay of each in turn.
 
-        Drift then meets all alike. A pause before keeps one problem's heat from the next.
+        Drift then meets all alike. A pause before keeps one problem's heat from the next. ``chained`` times each entry
+        with dependent launches too.
         """
         checked = [self.check(kernel, plan, problem) for kernel, plan in entries]
         graphs = [
             None if failure else self.graph(kernel, plan, problem)
             for (kernel, plan), (_, failure) in zip(entries, checked, strict=True)
         ]
-        time.sleep(PAUSE_SECONDS)
-        spreads = interleaved([*graphs, *yardsticks], FINAL_REPLAYS)
-        found = [
-            Measurement(problem, plan, "ok", spread.us, spread.low, spread.high, error)
-            if spread
-            else Measurement(problem, plan, failure or "wrong", relative_error=error)
-            for (_, plan), (error, failure), spread in zip(entries, checked, spreads[: len(entries)], strict=True)
+        chains = [
+            self.graph(kernel, plan, problem, dependent=True) if graph and chained else None
+            for (kernel, plan), graph in zip(entries, graphs, strict=True)
         ]
-        return found, [spread for spread in spreads[len(entries) :] if spread]
+        time.sleep(PAUSE_SECONDS)
+        spreads = iter(interleaved([*graphs, *chains, *yardsticks], FINAL_REPLAYS))
+        alone, together = list(islice(spreads, len(entries))), list(islice(spreads, len(entries)))
+        found = [
+            Measurement(
+                problem, plan, "ok", one.us, one.low, one.high, error, chained_us=chain.us if chain else None
+            )
+            if one
+            else Measurement(problem, plan, failure or "wrong", relative_error=error)
+            for (_, plan), (error, failure), one, chain in zip(entries, checked, alone, together, strict=True)
+        ]
+        return found, [spread for spread in spreads if spread]
 
     def sustain(self, graph: Graph, seconds: float) -> Iterator[tuple[float, float]]:
         """Replay without a pause, after a rest: (seconds since the start, microseconds a call) of each stretch."""

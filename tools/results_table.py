@@ -36,19 +36,22 @@ def _section(path: Path) -> str:
     lines = [
         f"**{table.gpu.name}** ({provenance(table)}). {_what(rows)} [Every cell](tuned/{path.parent.name}/bench.csv).",
         "",
-        "| regime | cells | speedup over cuBLAS fp16 | worst cell | fraction of the roofline | worst cell |",
-        "|---|---|---|---|---|---|",
+        "| regime | cells | speedup over cuBLAS fp16 | worst cell | fraction of the roofline | worst cell"
+        " | chained | worst cell |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in summarise(rows, tflops):
         lines.append(
             f"| {row.regime} | {row.cells} | {row.speedup:.2f}x | {row.worst_speedup:.2f}x"
-            f" | {row.roofline:.2f} | {row.worst_roofline:.2f} |"
+            f" | {row.roofline:.2f} | {row.worst_roofline:.2f} | {row.chained:.2f} | {row.worst_chained:.2f} |"
         )
     worst = max(row.relative_error for row in rows)
     lines += [
         "",
         "Means are geometric. Roofline: the longer of a plain read of the packed bytes, launch included,"
-        f" and 2mnk at {tflops:.0f} TFLOP/s. Largest relative error: {worst:.1e}.",
+        f" and 2mnk at {tflops:.0f} TFLOP/s. Chained: dependent launches, as the op"
+        " makes them, where a kernel starts while the one before it ends; the other times are of plain launches."
+        f" Largest relative error: {worst:.1e}.",
         "",
     ]
     folder = f"tuned/{path.parent.name}"

@@ -113,15 +113,16 @@ def _shipped(choice: Choice, dispatcher: Dispatcher, scratch: Path) -> Artifact:
 
 
 def _print(rows: Sequence[BenchRow], tflops: float, name: str, path: Path) -> None:
-    columns = ("n x k", ">m", ">us", ">95 % interval", ">cuBLAS", ">floor", ">vs cuBLAS", ">roofline", ">error")
+    columns = ("n x k", ">m", ">us", ">95 %", ">chained", ">cuBLAS", ">floor", ">vs cuBLAS", ">roofline", ">error")
     out.print(table(name, columns, (
         (
-            f"{r.n}x{r.k}", str(r.m), us(r.us), f"{us(r.us_low)}-{us(r.us_high)}", us(r.cublas_us), us(r.read_floor_us),
-            times(r.speedup), f"{r.roofline_fraction(tflops):.2f}", f"{r.relative_error:.1e}",
+            f"{r.n}x{r.k}", str(r.m), us(r.us), f"{us(r.us_low)}-{us(r.us_high)}", us(r.chained_us), us(r.cublas_us),
+            us(r.read_floor_us), times(r.speedup), f"{r.roofline_fraction(tflops):.2f}", f"{r.relative_error:.1e}",
         )
         for r in rows
     )))  # fmt: skip
     for s in benching.summarise(rows, tflops):
         worst = f"worst {times(s.worst_speedup)}"
-        out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS ({worst}), roofline {s.roofline:.2f}")
+        parts = f"roofline {s.roofline:.2f}, chained {s.chained:.2f}"
+        out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS ({worst}), {parts}")
     note(f"written to {path}")

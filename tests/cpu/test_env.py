@@ -16,7 +16,7 @@ SOURCE = Path(env.__file__)
 
 
 def test_every_variable_is_documented() -> None:
-    read = set(re.findall(r'_(?:text|folder|choice)\("(MARLIN_GEN_\w+)"', SOURCE.read_text()))
+    read = set(re.findall(r'_(?:text|folder|choice|flag)\("(MARLIN_GEN_\w+)"', SOURCE.read_text()))
     assert read == set(env.VARIABLES)
 
 

@@ -132,13 +132,11 @@ struct Piece {
   int tile, first, count;
 };
 
-constexpr bool kStripes = Config::kPartition == Partition::kStriped;
-
 // The pieces of this block, in order. Both roles walk the same list.
 class Walk {
  public:
   __device__ Walk(int num_tiles, int k_blocks) : num_tiles_(num_tiles), k_blocks_(k_blocks) {
-    if constexpr (kStripes) {
+    if constexpr (Config::kPartition == Partition::kStriped) {
       // The block that holds a tile's last k comes to it first and passes its sums on to the one before. That one has the higher
       // block index, so a block waits only for blocks that were scheduled before it.
       int const total = num_tiles * k_blocks, blocks = gridDim.x;  // the host keeps the total below 2^30
@@ -150,7 +148,7 @@ class Walk {
     }
   }
   __device__ bool next(Piece& piece) {
-    if constexpr (kStripes) {
+    if constexpr (Config::kPartition == Partition::kStriped) {
       if (next_ >= end_) return false;
       piece.tile = next_ / k_blocks_;
       piece.first = next_ % k_blocks_;
@@ -378,7 +376,7 @@ struct Consumer {
   // Adds a split tile's sums from its last k block to its first; true where this piece is the first and holds the whole sum.
   // A slot's lock counts the k blocks summed so far, from the end; it is zero again when the tile is done.
   __device__ __forceinline__ bool reduce_stripes(Piece piece, int k_blocks, int slot, f32x4* partials, int* locks) {
-    if constexpr (!kStripes) return true;
+    if constexpr (Config::kPartition != Partition::kStriped) return true;
     bool const is_first = piece.first == 0, is_last = piece.first + piece.count == k_blocks;
     if (is_first && is_last) return true;
     f32x4* const slab = partials + static_cast<long long>(slot * kRowTiles + row_tile) * kQuads * kWarpgroup + thread;
@@ -438,10 +436,8 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_ge
   u32 const smem = ptx::smem_address(shared);
   Barriers const barriers{smem + kBarriersAt};
   // The shuffle tells the compiler that this is uniform: descriptors and stage addresses then stay in uniform registers.
-  int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  bool const is_first_warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0) == 0;
-
-  if (is_first_warp && ptx::elect_sync()) {
+  int const warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0), warpgroup = warp / 4;
+  if (warp == 0 && ptx::elect_sync()) {
     if (dependent) ptx::griddepcontrol_launch_dependents();
     barriers.init();
   }
@@ -453,7 +449,7 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_ge
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     __syncwarp();
     barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
-    if (is_first_warp && ptx::elect_sync()) produce(a_map, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
+    if (warp == 0 && ptx::elect_sync()) produce(a_map, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     barriers.ready_sync();

@@ -12,7 +12,8 @@ import torch
 
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.families import FAMILIES
-from marlin_gen.launch import Launcher
+from marlin_gen.launch import Kernel, Launcher
+from marlin_gen.layout import PackedWeight
 from marlin_gen.measurement import ERROR_LIMIT
 from marlin_gen.operands import Shape
 from marlin_gen.problem import Problem
@@ -125,3 +126,40 @@ def test_every_launch_gives_the_same_bits(spec):
         bits = outs.view(torch.int16)
         differ = (bits != bits[0]).flatten(1).any(1).nonzero().flatten().tolist()
         assert not differ, f"{plan.key} on {problem}: launches {differ} differ from the first"
+
+
+@every_spec
+def test_a_chain_of_dependent_launches_gives_the_bits_of_plain_ones(spec):
+    """Each reads what the one before it wrote, and all of them write to two buffers in turn."""
+    launcher, kernel = Launcher.for_device(torch.cuda.current_device()), shipped.kernel(spec)
+    if not launcher.gpu.arch.has_tma:
+        pytest.skip("dependent launches need sm_90")
+    n = k = 2048
+    shape = operands(n, k, spec.weight_format, spec.act_dtype)
+    packed = shape.packed[0]
+    for plan, problem in cases(spec, [(n, k)], [5, 80]):
+        a = shape.cell(problem.m)[0] / 64
+        plain = end_of_chain(launcher, kernel, plan, problem, a, packed, dependent=False)
+        assert plain.view(a.dtype).isfinite().all(), f"{plan.key}: the chain overflows, so it proves nothing"
+        for _ in range(LAUNCHES // 4):
+            found = end_of_chain(launcher, kernel, plan, problem, a, packed, dependent=True)
+            assert torch.equal(found, plain), f"{plan.key} on {problem}"
+
+
+def end_of_chain(
+    launcher: Launcher, kernel: Kernel, plan: Plan, problem: Problem, a: torch.Tensor, packed: PackedWeight,
+    dependent: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The bits of the fifth product, each of the one before it."""
+    shape, _ = kernel.shape(plan, problem, launcher.gpu.num_sms)
+    partials = torch.empty(max(shape.partials_bytes, 1), dtype=torch.uint8, device="cuda")
+    locks = torch.zeros(max(shape.num_locks, 1), dtype=torch.int32, device="cuda")
+    buffers = [torch.full((problem.m, problem.n), math.nan, dtype=a.dtype, device="cuda") for _ in range(2)]
+    source = a
+    for i in range(5):
+        launcher.run_with(
+            kernel, plan, problem, source, packed.weight, packed.scales, buffers[i % 2], partials, locks,
+            dependent=dependent,
+        )  # fmt: skip
+        source = buffers[i % 2]
+    return source.view(torch.int16)

@@ -152,6 +152,19 @@ def test_streams_at_once_do_not_disturb_each_other():
         assert all(torch.equal(c, right) for c in found)
 
 
+def test_a_weight_changed_in_place_is_the_one_that_is_read():
+    """The op reads weights ahead of the kernel before it: not those that this one writes."""
+    packs = [marlin_gen.pack(*weight(4096, 4096)[:2]), marlin_gen.pack(*(t.flip(0) for t in weight(4096, 4096)[:2]))]
+    a = activations(8, 4096)
+    expected = [marlin_gen.gemm(a, packed) for packed in packs]
+    live = PackedWeight(packs[0].weight.clone(), packs[0].scales.clone(), packs[0].weight_format)
+    for i in range(40):
+        marlin_gen.gemm(a, live)  # settled
+        live.weight.copy_(packs[i % 2].weight)
+        live.scales.copy_(packs[i % 2].scales)
+        assert torch.equal(marlin_gen.gemm(a, live), expected[i % 2])
+
+
 def test_gradient():
     codes, scales, packed = weight(256, 512)
     a = activations(8, 512).requires_grad_()
