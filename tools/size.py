@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 10500  # lines of everything but tests; 9500 until the report and sustained runs came
+TOTAL = 11500  # lines of everything but tests; 10500 until chains, off-grid and transfer measurements came
 
 
 def tracked() -> list[Path]:

@@ -96,14 +96,8 @@ struct Barriers {
     ptx::fence_proxy_async_shared();
   }
   // Between init and the consumers' first use, in every block of the cluster; every warp calls one of them.
-  __device__ void ready_arrive() const {
-    if constexpr (kRanks > 1) ptx::barrier_cluster_arrive_release();
-    else ptx::bar_arrive(0, Config::kThreads);
-  }
-  __device__ void ready_sync() const {
-    if constexpr (kRanks > 1) ptx::barrier_cluster_sync();
-    else ptx::bar_sync(0, Config::kThreads);
-  }
+  __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_arrive_release() : ptx::bar_arrive(0, Config::kThreads); }
+  __device__ void ready_sync() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_sync(0, Config::kThreads); }
   __device__ u32 full(int stage) const { return base + stage * 8; }                                  // the producer has filled it
   __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }                     // its consumers are done
   __device__ u32 sums_full(int row_tile) const { return base + (2 * kStages + row_tile) * 8; }       // all ranks' sums are here
@@ -176,6 +170,7 @@ struct TileOrder {
   int tiles_m, tiles_n, raster;
   // `raster` feature tiles are walked together: features fastest, then tokens, then the next group.
   __device__ void locate(int tile, int& tile_m, int& tile_n) const {
+    if (tiles_m == 1) return void((tile_n = tile, tile_m = 0));  // no division before the first load
     int const per_group = raster * tiles_m, group = tile / per_group, rest = tile - group * per_group;
     int const width = min(raster, tiles_n - group * raster);
     tile_n = group * raster + rest % width;
