@@ -164,9 +164,10 @@ def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
                 arguments.append(driver.tensor_map(int(buffers["c"].handle), p.m, p.n, shape.c_box))
             else:
                 arguments.append(ctypes.c_uint64(int(buffers[name].handle)))
-        arguments.extend(map(ctypes.c_int32, shape.scalars))
-        launch_config = driver.launch_config(shape.grid, shape.threads, shape.smem_bytes, shape.cluster)
-        driver.launch(function, launch_config, arguments, 0)
+        size = shape.grid, shape.threads, shape.smem_bytes, shape.cluster
+        for dependent in (False, True) if spec.arch_row.has_tma else (False,):  # both ways through the kernel
+            all_arguments = [*arguments, *map(ctypes.c_int32, (*shape.scalars, dependent))]
+            driver.launch(function, driver.launch_config(*size, dependent), all_arguments, 0)
         call("cuCtxSynchronize")
         c = buffers["c"].read().view(np.float16).astype(np.float32)
         if (locks := buffers["locks"].read()).any():

@@ -180,6 +180,7 @@ class HostDriver:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, spec: KernelSpec) -> None:
         self.memory: dict[int, ctypes.Array] = {}
         self.spec = spec
+        self.dependent: list[int] = []  # of each launch
         monkeypatch.setattr(sanitize_case, "call", self.call)
         monkeypatch.setattr(driver, "load", lambda cubin, symbol, smem_bytes: driver.Function(None, None))
         monkeypatch.setattr(driver, "resident_clusters", lambda *arguments: 132)
@@ -202,8 +203,9 @@ class HostDriver:
         case, family = sanitize_case.Case.of(self.spec), FAMILIES.of(self.spec.config)
         p = case.problem
         shape = family.launch_shape(case.plan, p, 132, case.max_clusters)
-        names = [*shape.operands, *("scalar" for _ in shape.scalars)]
+        names = [*shape.operands, *("scalar" for _ in shape.scalars), "dependent"]
         given = dict(zip(names, arguments, strict=True))
+        self.dependent.append(given["dependent"].value)
         pointer = given["c_map"][0] if "c_map" in given else given["c"].value
         a_pointer = given["a_map"][0] if "a_map" in given else given["a"].value
         assert len(self.memory[pointer]) == p.m * p.n * 2 and len(self.memory[a_pointer]) == p.m * p.k * 2
@@ -219,7 +221,7 @@ def test_dry_run(key, monkeypatch, capsys):
     spec = KernelSpec(KernelConfig.from_key(key), "u4b8g128", "f16", "sm_90a")
     host = HostDriver(monkeypatch, spec)
     assert sanitize_case.run(spec, Path("none.cubin"), "kernel", 132) < 1e-3
-    assert not host.memory
+    assert not host.memory and host.dependent == [0, 1]
     assert capsys.readouterr().out.startswith(f"case {spec.key} symbol=kernel n=")
 
 
