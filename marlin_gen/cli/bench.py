@@ -43,7 +43,7 @@ def bench(
     rows: list[BenchRow] = []
     failures = 0
     with tempfile.TemporaryDirectory(prefix="marlin_gen-bench-") as scratch, gpus.measurer(device) as measurer:
-        artifacts = _artifacts(list(choices.values()), dispatcher, Path(scratch))
+        artifacts = artifacts_of(list(choices.values()), dispatcher, Path(scratch))
         entries = [(problem, artifacts[choice.spec], choice.plan) for problem, choice in choices.items()]
         if seconds is not None:
             return sustained.run(measurer, *entries[0], seconds, csv or path.with_name(FILE_NAME), json)
@@ -84,7 +84,7 @@ def _beside_the_table(dispatcher: Dispatcher) -> Path:
     return (folders[0] if folders else Path()) / "bench.csv"
 
 
-def _artifacts(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Path) -> dict[KernelSpec, Artifact]:
+def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Path) -> dict[KernelSpec, Artifact]:
     """The kernel of each choice: the one a table ships, so that what is timed is what is served; else compiled now."""
     from marlin_gen.compile import CompileFailure, compile_all
     from marlin_gen.render import render
