@@ -29,6 +29,8 @@ SCREEN_CALLS, SCREEN_GRAPH_US = 60, 1000.0
 FINAL_CALLS, FINAL_GRAPH_US = 400, 2000.0
 REST_SECONDS, STRETCH_SECONDS = 5.0, 0.25  # of a sustained run: to cool down before, and of one row
 PAUSE_SECONDS = 0.1  # large products reach the power limit, and then what ran before decides the clock
+# From here on they do within one problem's finals: 28672x8192 m=512 took 316 us alone and 354 in turn with six others.
+REST_FROM_M = 128
 GIVE_UP_RATIO = 1.5  # a screened plan this much slower than the cell's best so far gets one replay
 
 
@@ -89,12 +91,17 @@ def calls_of(problem: Problem, most: int = FINAL_CALLS, graph_us: float = FINAL_
     return max(MIN_CALLS, min(most, round(graph_us / guess_us)))
 
 
-def interleaved(graphs: Sequence[Graph | None], replays: int) -> list[Spread | None]:
-    """One replay of each graph in turn, so that drift meets all alike; None where there is no graph."""
+def interleaved(graphs: Sequence[Graph | None], replays: int, rest: bool = False) -> list[Spread | None]:
+    """One replay of each graph in turn, so that drift meets all alike; None where there is no graph.
+
+    ``rest`` as long after each replay as it took.
+    """
     times: list[list[float]] = [[] for _ in graphs]
     for round_ in range(replays + 1):
         for graph, seen in zip(graphs, times, strict=True):
             us = graph.replay() if graph else 0.0
+            if graph and rest:
+                time.sleep(us * graph.calls * 1e-6)
             if round_:  # the first round warms up
                 seen.append(us)
     return [Spread.of(seen) if graph else None for graph, seen in zip(graphs, times, strict=True)]
@@ -174,7 +181,7 @@ class Bench:
             for (kernel, plan), graph in zip(entries, graphs, strict=True)
         ]
         time.sleep(PAUSE_SECONDS)
-        spreads = iter(interleaved([*graphs, *chains, *yardsticks], FINAL_REPLAYS))
+        spreads = iter(interleaved([*graphs, *chains, *yardsticks], FINAL_REPLAYS, problem.m >= REST_FROM_M))
         alone, together = list(islice(spreads, len(entries))), list(islice(spreads, len(entries)))
         found = [
             Measurement(
