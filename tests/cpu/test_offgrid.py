@@ -107,7 +107,7 @@ def test_cliffs_time_every_off_grid_m_beside_the_next_larger(device, tmp_path, c
     said = run(capsys, "cliffs", "--table", SHIPPED, "--csv", path)
     rows = csv_rows.read(path, offgrid.Cliff, "cliffs")
     assert path.read_text().splitlines()[0] == "n,k,m,us,config,grid_m,grid_us,ratio"
-    assert [r.m for r in rows] == list(offgrid.OFF_GRID) * 4
+    assert [r.m for r in rows] == list(offgrid.OFF_GRID) * 6
     assert [r.grid_m for r in rows[:13]] == [4, 8, 16, 32, 32, 64, 64, 128, 128, 256, 512, 1024, 4096]
     dispatcher = Dispatcher(synthetic.H100, [DispatchTable.load(SHIPPED)])
     for r, (off, on) in zip(rows, zip(measurer.rounds[::2], measurer.rounds[1::2], strict=True), strict=True):
@@ -116,7 +116,7 @@ def test_cliffs_time_every_off_grid_m_beside_the_next_larger(device, tmp_path, c
         assert on == (grid, [next(dispatcher.choose(grid)).plan])
         assert r.ratio == pytest.approx(r.us / r.grid_us, rel=1e-2)
     worst = max(rows, key=lambda r: r.ratio)
-    summary = r"ratio: 52 of 52 cells, geomean (\S+), worst (\S+) at (\d+)x(\d+) m=(\d+), (\d+) above 1\.10"
+    summary = r"ratio: 78 of 78 cells, geomean (\S+), worst (\S+) at (\d+)x(\d+) m=(\d+), (\d+) above 1\.10"
     mean, largest, *cell, above = map(float, re.fullmatch(summary, said[0]).groups())
     assert (mean, largest) == pytest.approx((geomean(r.ratio for r in rows), worst.ratio), abs=2e-3)
     assert cell == [worst.n, worst.k, worst.m] and above == sum(r.ratio > 1.10 for r in rows)
@@ -127,9 +127,9 @@ def test_a_failing_plan_costs_its_cells_and_is_said(device, tmp_path, capsys):
     device(MadeUp(failing=lambda problem, plan: problem.m == 48))
     offgrid.main(["cliffs", "--table", str(SHIPPED), "--csv", str(tmp_path / "cliffs.csv")])
     said = capsys.readouterr()
-    assert "48 of 52 cells" in said.out and said.err.count("crash illegal address") == 4
+    assert "72 of 78 cells" in said.out and said.err.count("crash illegal address") == 6
     device(MadeUp(failing=lambda problem, plan: True))
-    assert "none of the 52 cells could be timed" in fails(capsys, "cliffs", "--table", SHIPPED, "--csv", "x.csv")
+    assert "none of the 78 cells could be timed" in fails(capsys, "cliffs", "--table", SHIPPED, "--csv", "x.csv")
 
 
 def test_an_interrupted_run_leaves_what_it_has(device, tmp_path):
