@@ -90,8 +90,12 @@ class Server:
 
     def choice(self, problem: Problem) -> Choice | None:
         """What serves ``problem``, for people and tests; None: dequantise and call cuBLAS."""
+        return self.step(problem).choice
+
+    def step(self, problem: Problem) -> Step:
+        """``choice`` with its loaded kernel, for a caller that launches it itself."""
         key = (problem.n, problem.k, problem.m, problem.weight_format, problem.act_dtype)
-        return (self._steps.get(key) or self._decide(key)).choice
+        return self._steps.get(key) or self._decide(key)
 
     def _decide(self, key: Key) -> Step:
         with self._lock:
