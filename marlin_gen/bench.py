@@ -25,7 +25,7 @@ class BenchRow:
     us: float  # of launches one after the other
     us_low: float  # 95 % interval of the median
     us_high: float
-    chained_us: float  # of dependent launches, as the op makes them where the GPU can
+    chained_us: float  # of dependent launches, where the GPU can: each starts while the one before it ends
     config: str  # Plan.key
     read_floor_us: float  # a plain read of the packed bytes, launch included
     cublas_us: float  # fp16 matmul with the dense weight

@@ -125,7 +125,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         """``out [m, n] = a [m, k] @ B^T`` on the current stream; tensors contiguous, 16-byte aligned, on it.
 
-        The launch is dependent (see ``run_with``) where the GPU can and weight and scales have settled.
+        The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
         """
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)

@@ -1,0 +1,69 @@
+"""A quantised weight as a checkpoint means it, whatever its packing: what importers return and layouts start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """``weight[row, order[column]] = (codes[row, column] - zero) * scale [+ minimum]``, exactly as the checkpoint says.
+
+    Zero, scale and minimum are those of the row and of the column's group of ``group_size`` neighbours. All tensors are
+    on one device.
+    """
+
+    codes: torch.Tensor  # uint8 [n, k], 0 .. 2 ** bits - 1
+    scales: torch.Tensor  # floating [n, k / group_size]
+    bits: int
+    group_size: int
+    # In units of a code: uint8 where the checkpoint has whole numbers, floating where it has not; [n, k / group_size].
+    # None: 2 ** (bits - 1) everywhere.
+    zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None  # floating [n, k / group_size], in units of the weight; then there are no zeros
+    order: torch.Tensor | None = None  # int64 [k]: which input feature each column of codes is; None: its own number
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        if self.codes.dtype != torch.uint8 or k % self.group_size:
+            raise ValueError(
+                f"codes are {self.codes.dtype} [{n}, {k}]; a weight in groups of {self.group_size} needs torch.uint8"
+                f" [n, k] with k a multiple of {self.group_size}"
+            )
+        for name in ("scales", "zeros", "minima"):
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != (n, k // self.group_size):
+                raise ValueError(
+                    f"{name} have shape {list(tensor.shape)}; n={n}, k={k} in groups of {self.group_size} need"
+                    f" [{n}, {k // self.group_size}]"
+                )
+        if self.zeros is not None and self.minima is not None:
+            raise ValueError("a weight has zeros or minima, not both")
+        features = torch.arange(k, device=self.codes.device)
+        if self.order is not None and not torch.equal(self.order.sort().values, features):
+            raise ValueError(f"order is not a permutation of the {k} input features")
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight [n, k] in float64, input features in their own order: nothing is rounded."""
+        codes = self.codes.double().view(self.n, -1, self.group_size)
+        scales = self.scales.double()[..., None]
+        if self.minima is not None:
+            grouped = codes * scales + self.minima.double()[..., None]
+        elif self.zeros is not None:
+            grouped = (codes - self.zeros.double()[..., None]) * scales
+        else:
+            grouped = (codes - 2 ** (self.bits - 1)) * scales
+        weight = grouped.view(self.n, self.k)
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order, weight)
