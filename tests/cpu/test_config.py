@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_gen.arch import ARCHS
-from marlin_gen.config import DEQUANTS, PARTITIONS, SCHEDULES, KernelConfig, KernelSpec, Plan
+from marlin_gen.config import DEQUANTS, PARTITIONS, KernelConfig, KernelSpec, Plan
 from marlin_gen.formats import DTYPES, FORMATS
 
 NUMBER = st.integers(1, 100_000)
@@ -20,7 +20,6 @@ CONFIGS = st.builds(
     *[NUMBER] * 8,
     st.sampled_from(PARTITIONS),
     st.sampled_from(DEQUANTS),
-    st.sampled_from(SCHEDULES),
 )
 PLANS = st.builds(Plan, CONFIGS, NUMBER)
 SPECS = st.builds(KernelSpec, CONFIGS, *(st.sampled_from(sorted(rows)) for rows in (FORMATS, DTYPES, ARCHS)))
