@@ -40,9 +40,13 @@ class WeightFormat:
 
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2),)}
 
+# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. Larger groups, and one scale a row, are packed as 128 or
+# the largest of these that divides them, their scales repeated: the same weight, bit for bit.
 FORMATS = {
     f.name: f
-    for f in (WeightFormat("u4b8g128", bits=4, zero_point=8, group_size=128, scale_dtype="f16"),)
+    for f in (
+        WeightFormat(f"u4b8g{size}", bits=4, zero_point=8, group_size=size, scale_dtype="f16") for size in (128, 64, 32)
+    )
 }
 
 # The order that ``layout.pack`` writes and every kernel reads; tables and checkpoints record it. A new order is a new

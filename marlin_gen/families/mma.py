@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
@@ -11,6 +11,7 @@ from marlin_gen.families.base import LaunchShape
 from marlin_gen.formats import FORMATS, WeightFormat
 from marlin_gen.problem import Problem
 
+MMA_K = 16  # k of one multiplication
 SLICE_K = 64  # k of a packed tile
 ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
@@ -104,8 +105,10 @@ class MmaFamily:
             return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
         if not STAGES[0] <= c.num_stages <= STAGES[1]:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
-        if fmt.bits != 4 or fmt.group_size % SLICE_K:
-            return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {SLICE_K}"
+        if fmt.bits != 4 or fmt.group_size % MMA_K:
+            return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {MMA_K}"
+        if c.dequant == "deferred" and fmt.group_size % SLICE_K:
+            return f"dequant=deferred scales the sums of {SLICE_K} k at once; group_size={fmt.group_size} is finer"
         if c.block_k % SLICE_K or (c.block_k % fmt.group_size and fmt.group_size % c.block_k):
             return (
                 f"block_k={c.block_k} is not a multiple of {SLICE_K} that divides group_size={fmt.group_size},"
@@ -136,8 +139,7 @@ class MmaFamily:
 
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
         """Of the token tiles large enough (else the largest), the config whose busiest SM has the least to do."""
-        arch = gpu.arch
-        configs = _DEFAULTS[arch.name]
+        configs = self.defaults(gpu.arch, FORMATS[problem.weight_format])
         tile = min((c.block_m for c in configs if c.block_m >= problem.m), default=max(c.block_m for c in configs))
 
         def rows_of_an_sm(config: KernelConfig) -> float:
@@ -149,9 +151,12 @@ class MmaFamily:
 
         return Plan(min((c for c in configs if c.block_m == tile), key=rows_of_an_sm))
 
-    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""
-        return tuple(c for c in _DEFAULTS[arch.name] if self.reject_reason(c, fmt, arch) is None)
+        configs = _DEFAULTS[arch.name]
+        if fmt.group_size % SLICE_K:
+            configs = tuple(replace(c, dequant="exact") for c in configs)
+        return tuple(c for c in configs if self.reject_reason(c, fmt, arch) is None)
 
     def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
         """The order is fixed: clusters that share rows are neighbours."""

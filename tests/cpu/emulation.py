@@ -15,6 +15,7 @@ import torch
 from marlin_gen import env
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
+from marlin_gen.formats import DEFAULT_FORMAT, FORMATS
 from marlin_gen.layout import PackedWeight, pack
 from marlin_gen.problem import Problem
 from marlin_gen.render import render
@@ -60,11 +61,14 @@ class _Request(ctypes.Structure):
 
 
 class EmulatedKernel:
-    """The kernel of one config, compiled by g++; ``edit`` changes its text first."""
+    """The kernel of one config and weight format, compiled by g++; ``edit`` changes its text first."""
 
-    def __init__(self, config: KernelConfig, folder: Path, edit: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(
+        self, config: KernelConfig, folder: Path, edit: Callable[[str], str] = lambda text: text,
+        weight_format: str = DEFAULT_FORMAT,
+    ) -> None:  # fmt: skip
         self.config = config
-        self.spec = KernelSpec(config, "u4b8g128", "f16", "sm_90a")
+        self.spec = KernelSpec(config, weight_format, "f16", "sm_90a")
         self._family = FAMILIES.of(config)
         source = render(self.spec)
         text = self._with_emulated_shared_memory(edit(source.text)) + self._entry(source.symbol)
@@ -102,7 +106,8 @@ class EmulatedKernel:
         emulator::request.fault. Raises RuntimeError for what hardware would not forgive (deadlocks, races with
         copies, memory that is not the kernel's) or would not tell (writes around C, locks left behind).
         """
-        config, problem = self.config, Problem(packed.n, packed.k, a.shape[0])
+        assert packed.weight_format == self.spec.weight_format
+        config, problem = self.config, Problem(packed.n, packed.k, a.shape[0], packed.weight_format)
         shape = self._family.launch_shape(Plan(config, raster), problem, max_clusters, max_clusters)
         guarded = torch.full((problem.m * problem.n + 2 * _GUARD,), _UNWRITTEN, dtype=torch.int16)
         c = guarded[_GUARD:-_GUARD]
@@ -125,13 +130,16 @@ class EmulatedKernel:
         return c.view(torch.float16).view(problem.m, problem.n)
 
 
-def random_problem(m: int, n: int, k: int) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
+def random_problem(
+    m: int, n: int, k: int, weight_format: str = DEFAULT_FORMAT
+) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
     """A (m, k), a packed random weight, and that weight dense in fp32 (n, k)."""
+    group = FORMATS[weight_format].group_size
     generator = torch.Generator().manual_seed(m * n + k)
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(n, k // 128, generator=generator) * 0.02 + 0.005).half()
+    scales = (torch.rand(n, k // group, generator=generator) * 0.02 + 0.005).half()
     a = torch.randn(m, k, generator=generator).half()
-    return a, pack(codes, scales), (codes.float() - 8) * scales.float().repeat_interleave(128, 1)
+    return a, pack(codes, scales, weight_format), (codes.float() - 8) * scales.float().repeat_interleave(group, 1)
 
 
 def relative_error(c: torch.Tensor, reference: torch.Tensor) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
+from pathlib import Path
 
 import pytest
 import torch
 from emulation import COPIES, EmulatedKernel, needs_gxx, random_problem, relative_error
 
 from marlin_gen.config import KernelConfig
+from marlin_gen.formats import FORMATS
 
 pytestmark = needs_gxx
 
@@ -85,6 +87,29 @@ def test_identity_gives_the_dequantised_weight(key: str, compiled: Compiled) -> 
     _, packed, dense = random_problem(1, 128, 128)
     c = compiled(key)(torch.eye(128, dtype=torch.float16), packed, 5, seed=3, copies="anytime", resident=2)
     assert torch.equal(c, dense.half().T)
+
+
+# Stages that hold many groups, several warpgroups along k whose stages do, and clusters that split k between groups.
+GROUPED = (
+    (TILES, (20, 128, 320)),
+    ("wgmma-m16n64k256-w4x1-s2-b1-c1-tiles-exact", (9, 64, 768)),
+    (SPLITS_3, (20, 128, 320)),
+    (CLUSTER_2, (5, 192, 384)),
+    (STRIPED, (20, 128, 320)),
+)
+
+
+@pytest.mark.parametrize("weight_format", sorted(FORMATS))
+@pytest.mark.parametrize(("key", "shape"), GROUPED, ids=[key for key, _ in GROUPED])
+def test_group_sizes(key: str, shape: tuple[int, int, int], weight_format: str, tmp_path: Path) -> None:
+    if shape[2] % FORMATS[weight_format].group_size:
+        shape = (*shape[:2], shape[2] + 64)  # 384 k, which all formats hold
+    kernel = EmulatedKernel(KernelConfig.from_key(key), tmp_path, weight_format=weight_format)
+    a, packed, dense = random_problem(*shape, weight_format)
+    c = kernel(a, packed, 4, seed=1, copies="anytime")
+    assert relative_error(c, a.float() @ dense.T) < 1e-3
+    identity = torch.eye(shape[2], dtype=torch.float16)
+    assert torch.equal(kernel(identity, packed, 4, seed=2, copies="late"), dense.half().T)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ constexpr int kTokenBlocks = Config::kBlockM / 8;
 constexpr int kSlices = Config::kBlockK / kSliceK;
 constexpr int kUnrolledSlices = (kRowBlocks + 2) * kTokenBlocks <= 16 ? kSlices : 1;  // slices that overlap take registers
 constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale groups that one stage touches
-constexpr bool kStagesFillK = Config::kGroupSize % Config::kBlockK == 0;  // else the last stage may reach past k
+constexpr int kSliceGroups = ceil_div(kSliceK, Config::kGroupSize);
+constexpr bool kStagesFillK = kSlices == 1 || Config::kGroupSize % Config::kBlockK == 0;  // else the last stage may reach past k
 constexpr bool kDeferred = Config::kDequant == Dequant::kDeferred;
 // The zero point as raw codes have it, in rows g and in rows g + 8. fp16 holds both exactly.
 constexpr float kRawZero = Decode::kRawOffset + Config::kZeroPoint;
@@ -89,8 +90,9 @@ using Accumulators = float[kRowBlocks][kTokenBlocks][4];
 static_assert(sizeof(SharedStorage) == Config::kSmemBytes, "the host computes another size of shared memory");
 static_assert(Config::kThreads == 32 * Config::kWarpsN * Config::kWarpsK, "the host launches another number of threads");
 static_assert(Config::kBits == 4, "the decoder reads 4-bit codes");
-static_assert(Config::kGroupSize % kSliceK == 0, "a slice has one scale per row");
-static_assert(kStagesFillK || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
+static_assert(Config::kGroupSize % kSliceK == 0 || kSliceK % Config::kGroupSize == 0, "a slice holds whole groups, or lies in one");
+static_assert(kSliceGroups == 1 || !kDeferred, "a slice is scaled as a whole");
+static_assert(Config::kGroupSize % Config::kBlockK == 0 || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");
 static_assert(Config::kPartition == Partition::kTiles || Config::kPartition == Partition::kClusterk, "clusters compute whole rows");
 
@@ -264,10 +266,12 @@ __device__ __forceinline__ void load_activations(Activations& b, u32 smem, int l
 }
 
 // acc += decode(words) * b, zero point and scales applied to each weight.
-__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], u32 scales, Activations const& b) {
-  u32 const scale_g = ptx::duplicate_low(scales), scale_g8 = ptx::duplicate_high(scales);
+__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], u32 const (&scales)[kSliceGroups],
+                                               Activations const& b) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
+    u32 const pair = scales[step * kSliceGroups / 4];
+    u32 const scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
     u32 fragment[4];
     Decode::exact(words[step], scale_g, scale_g8, fragment);
 #pragma unroll
@@ -320,11 +324,14 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int
     for (int i = 0; i < kRowBlocks; ++i) {
       u32x4 const quad = ptx::ld_shared_v4(weight + i * kRowBlockBytes);
       u32 const words[4] = {quad.x, quad.y, quad.z, quad.w};
-      u32 const scale_pair = ptx::ld_shared_u32(scales + i * kRowBlockScaleBytes);
+      u32 scale_pairs[kSliceGroups];  // scales of rows g and g + 8, group by group
+#pragma unroll
+      for (int group = 0; group < kSliceGroups; ++group)
+        scale_pairs[group] = ptx::ld_shared_u32(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
       if constexpr (kDeferred) {
-        multiply_deferred(acc[i], words, scale_pair, b, zero);
+        multiply_deferred(acc[i], words, scale_pairs[0], b, zero);
       } else {
-        multiply_exact(acc[i], words, scale_pair, b);
+        multiply_exact(acc[i], words, scale_pairs, b);
       }
     }
   }

@@ -251,13 +251,17 @@ struct Consumer {
     u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + warp * 32 + lane / 4 * 4;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      u32x4 const words = ptx::ld_shared_v4(weights + slab * kWeightTileBytes);
-      u32 const pair = ptx::ld_shared_u32(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
-      u32 const scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
-      Decode::exact(words.x, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 0]);
-      Decode::exact(words.y, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 1]);
-      Decode::exact(words.z, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 2]);
-      Decode::exact(words.w, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 3]);
+      u32x4 const quad = ptx::ld_shared_v4(weights + slab * kWeightTileBytes);
+      u32 pair = ptx::ld_shared_u32(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
+      u32 scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
+      Decode::exact(quad.x, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 0]);
+      Decode::exact(quad.y, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 1]);
+      if constexpr (Config::kGroupSize == 32) {
+        pair = ptx::ld_shared_u32(scales + (slab * 2 + 1) * kScaleTileBytes);
+        scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
+      }
+      Decode::exact(quad.z, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 2]);
+      Decode::exact(quad.w, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 3]);
     }
   }
 
