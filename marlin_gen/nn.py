@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin_gen.checkpoints.packing import to_packed
+from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.layout import WORDS_PER_TILE, PackedWeight, pack
@@ -18,7 +20,8 @@ from marlin_gen.reference import quantize
 class QuantLinear(nn.Module):
     """``y [..., out_features] = x [..., in_features] @ weight^T + bias`` in f16, for inference and for grads of x.
 
-    A new module holds zeros: fill it with ``load_state_dict``, or make one with ``from_float`` or ``from_packed``.
+    A new module holds zeros: fill it with ``load_state_dict``, or make one with ``from_float``, ``from_quantized`` or
+    ``from_packed``.
     Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
     loading checks.
     """
@@ -61,6 +64,11 @@ class QuantLinear(nn.Module):
                 raise ValueError(f"bias has shape {list(bias.shape)}; out_features={packed.n} needs [{packed.n}]")
             layer.bias = nn.Parameter(bias.detach().to(packed.device, torch.float16), requires_grad=False)
         return layer
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
+        """A layer of a checkpoint's weight, exactly; ValueError for a weight that no format holds."""
+        return cls.from_packed(to_packed(weight), bias)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_format: str = DEFAULT_FORMAT) -> QuantLinear:

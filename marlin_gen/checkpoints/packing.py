@@ -1,0 +1,40 @@
+"""From a checkpoint's weight to the packed layout: exact, or a ValueError that says what cannot be held."""
+
+from __future__ import annotations
+
+import torch
+
+from marlin_gen.checkpoints.quantized import QuantizedWeight
+from marlin_gen.formats import FORMATS, WeightFormat
+from marlin_gen.layout import PackedWeight, pack
+
+
+def to_packed(weight: QuantizedWeight, name: str = "weight") -> PackedWeight:
+    """``weight`` in the layout of the kernels, on its own device: the same numbers, bit for bit.
+
+    Groups that no format has (256, or one scale a row) are packed in the largest that divides them, scales repeated.
+    Raises ValueError, with ``name`` in it, for what no format holds.
+    """
+    if weight.bits != 4:
+        raise ValueError(f"{name} has {weight.bits}-bit codes; the kernels read 4-bit ones")
+    for what, values in (("zero points", weight.zeros), ("minima", weight.minima)):
+        if values is not None:
+            raise ValueError(f"{name} has {what} of its own for each group; the kernels read codes about 8 only")
+    if weight.order is not None:
+        raise ValueError(f"{name} is in act-order (desc_act); the kernels read input features in their own order")
+    fmt = _format_of(weight, name)
+    scales = weight.scales.half()
+    if not torch.equal(scales.to(weight.scales.dtype), weight.scales):
+        worst = float((scales.double() - weight.scales.double()).abs().max())
+        raise ValueError(f"{name} has {weight.scales.dtype} scales that f16 does not hold, off by up to {worst:.1e}")
+    scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
+    return pack(weight.codes, scales, fmt.name)
+
+
+def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
+    """The 4-bit format with the largest group that divides the weight's."""
+    fitting = [fmt for fmt in FORMATS.values() if fmt.bits == weight.bits and weight.group_size % fmt.group_size == 0]
+    if not fitting:
+        known = ", ".join(str(fmt.group_size) for fmt in FORMATS.values())
+        raise ValueError(f"{name} has group_size={weight.group_size}, which none of {known} divides")
+    return max(fitting, key=lambda fmt: fmt.group_size)

@@ -1,0 +1,74 @@
+"""A checkpoint's weight in the packed layout: the same numbers bit for bit, or a reason that names the tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from marlin_gen.checkpoints.packing import to_packed
+from marlin_gen.checkpoints.quantized import QuantizedWeight
+from marlin_gen.layout import unpack
+from marlin_gen.nn import QuantLinear
+from marlin_gen.reference import dequantize
+
+N = 128
+
+
+def weight(k: int, group_size: int, dtype: torch.dtype = torch.float16) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(k + group_size)
+    codes = torch.randint(0, 16, (N, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(N, k // group_size, generator=generator) * 0.02 + 0.005).to(dtype)
+    return QuantizedWeight(codes, scales, bits=4, group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    ("k", "group_size", "weight_format"),
+    [
+        (384, 128, "u4b8g128"), (576, 64, "u4b8g64"), (576, 32, "u4b8g32"), (512, 256, "u4b8g128"),
+        (576, 576, "u4b8g64"), (640, 640, "u4b8g128"), (576, 96, "u4b8g32"),
+    ],
+)  # fmt: skip
+def test_packs_every_weight_exactly(k, group_size, weight_format):
+    given = weight(k, group_size)
+    packed = to_packed(given)
+    assert packed.weight_format == weight_format
+    # f16(code - 8) * scale rounds once, as the exact product rounded to f16 does.
+    assert torch.equal(dequantize(*unpack(packed), weight_format), given.dequantize().half())
+
+
+def test_a_layer_answers_like_the_dense_weight():
+    given = weight(576, 576)
+    layer = QuantLinear.from_quantized(given, bias=torch.arange(N) / 8)
+    x = torch.randn(3, 576, generator=torch.Generator().manual_seed(1)).half()
+    expected = x.double() @ given.dequantize().T + torch.arange(N) / 8
+    assert (layer(x).double() - expected).norm() / expected.norm() < 1e-3
+    assert layer.extra_repr() == "in_features=576, out_features=128, bias=True, weight_format=u4b8g64"
+
+
+def test_scales_of_another_type_that_f16_holds():
+    given = weight(256, 128, torch.bfloat16)
+    assert torch.equal(unpack(to_packed(given))[1].float(), given.scales.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bits": 8}, "q_proj has 8-bit codes"),
+        ({"zeros": torch.full((N, 2), 7, dtype=torch.uint8)}, "q_proj has zero points of its own"),
+        ({"minima": torch.zeros(N, 2)}, "q_proj has minima"),
+        ({"order": torch.arange(256).flip(0)}, r"q_proj is in act-order \(desc_act\)"),
+        ({"scales": torch.full((N, 2), 0.1)}, r"torch.float32 scales that f16 does not hold, off by up to 2\.4e-05"),
+        ({"scales": torch.full((N, 2), 1e6)}, "off by up to inf"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_refuses_what_no_format_holds(change, says):
+    with pytest.raises(ValueError, match=says):
+        to_packed(replace(weight(256, 128), **change), "q_proj")
+
+
+def test_refuses_groups_that_nothing_divides():
+    with pytest.raises(ValueError, match="q_proj has group_size=16, which none of 128, 64, 32 divides"):
+        to_packed(weight(256, 16), "q_proj")
