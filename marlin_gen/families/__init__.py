@@ -13,7 +13,12 @@ FAMILIES = Registry({"mma": MMA, "wgmma": WGMMA})
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
-    """What runs without a table: wgmma where the GPU has it and m > 16, mma elsewhere."""
+    """What runs without a table: mma for few tokens and where the GPU has no wgmma, wgmma elsewhere.
+
+    Few are 16; and 32 where tiles of 64 features leave half of the SMs idle and k is too short to split over a cluster
+    (n = k = 4096 on an H100: 6.6 us against 8.0).
+    """
     wgmma = WGMMA.default(problem, gpu)
     usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
-    return wgmma if usable and problem.m > 16 else MMA.default(problem, gpu)
+    is_small = problem.n // 64 * 2 <= gpu.num_sms and problem.k <= 4096
+    return wgmma if usable and problem.m > (32 if is_small else 16) else MMA.default(problem, gpu)
