@@ -20,11 +20,11 @@ class DType:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight is stored: ``weight = (code - zero_point) * scale[row, k // group_size]``."""
+    """How a weight is stored: ``weight = (code - zero point) * scale``, of the row and of k // group_size."""
 
     name: str  # the token in keys, tables and file names
     bits: int
-    zero_point: int  # one number for all groups: the format is symmetric about it
+    zero_point: int | None  # one number for all groups: the format is symmetric about it; None: each group has its own
     group_size: int  # weights along k that share a scale
     scale_dtype: str
 
@@ -33,19 +33,32 @@ class WeightFormat:
         """How many different codes there are; codes are 0 .. codes - 1."""
         return 1 << self.bits
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group has a whole zero point of its own, 0 .. codes, beside its scale."""
+        return self.zero_point is None
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of one row and group: the scale, and the zero point if there is one, which is stored as another f16."""
+        return DTYPES[self.scale_dtype].bytes * (2 if self.has_zeros else 1)
+
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of the packed weight and its scales: what a kernel must at least read."""
-        return n * k * self.bits // 8 + n * (k // self.group_size) * DTYPES[self.scale_dtype].bytes
+        return n * k * self.bits // 8 + n * (k // self.group_size) * self.scale_bytes
 
 
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2),)}
 
-# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. Larger groups, and one scale a row, are packed as 128 or
-# the largest of these that divides them, their scales repeated: the same weight, bit for bit.
+# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128; "u4zg128": about a zero point of each group. Larger groups,
+# and one scale a row, are packed as 128 or the largest of these that divides them, their scales repeated: the same
+# weight, bit for bit.
 FORMATS = {
     f.name: f
     for f in (
-        WeightFormat(f"u4b8g{size}", bits=4, zero_point=8, group_size=size, scale_dtype="f16") for size in (128, 64, 32)
+        WeightFormat(f"{codes}g{size}", bits=4, zero_point=zero_point, group_size=size, scale_dtype="f16")
+        for codes, zero_point in (("u4b8", 8), ("u4z", None))
+        for size in (128, 64, 32)
     )
 }
 

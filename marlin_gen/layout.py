@@ -10,6 +10,9 @@ counted inside the block):
 
 This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]``; in
 each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and g + 8 as one word.
+
+Formats with zero points z have ``[n / 64][k / group][128]``: after each such pair of scales, what decoding needs of
+them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class PackedWeight:
     """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
 
     weight: torch.Tensor  # int32 [n / 64, k / 64, 512]
-    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64]
+    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64 or, with zero points, 128]
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
 
@@ -63,6 +66,7 @@ class PackedWeight:
 def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
     """Codes (uint8 [n, k]) and scales (f16 [n, k / group_size]) to the packed layout, on their own device.
 
+    For a format with zero points, scales are f16 [n, k / group_size, 2]: scale, and a whole zero point from 0 to 16.
     Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
     Peak extra memory is about twice the packed weight.
     """
@@ -88,14 +92,17 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     for i, (row, half, parity) in enumerate(_NIBBLES):
         nibble = blocks[:, :, row, :, :, :, half, :, parity].permute(0, 3, 1, 2, 5, 4)
         words |= nibble.to(torch.int32) << 4 * i
-    pairs = scales.view(n // 64, 4, 2, 8, k // fmt.group_size).permute(0, 4, 1, 3, 2)
+    if fmt.has_zeros:
+        scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
+    groups, each = k // fmt.group_size, 2 if fmt.has_zeros else 1
+    pairs = scales.reshape(n // 64, 4, 2, 8, groups, each).permute(0, 4, 1, 3, 5, 2)
     return PackedWeight(
-        words.view(n // 64, k // 64, WORDS_PER_TILE), pairs.reshape(n // 64, -1, 64).contiguous(), fmt.name
+        words.view(n // 64, k // 64, WORDS_PER_TILE), pairs.reshape(n // 64, groups, 64 * each).contiguous(), fmt.name
     )
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size])."""
+    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size], or [.., 2] with zeros)."""
     fmt = _four_bit(packed.weight_format)
     if packed.layout_version != LAYOUT_VERSION:
         raise ValueError(
@@ -108,13 +115,25 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     for i, (row, half, parity) in enumerate(_NIBBLES):
         nibble = (words >> 4 * i & 15).to(torch.uint8)
         codes[:, :, row, :, :, :, half, :, parity] = nibble.permute(0, 2, 3, 1, 5, 4)
-    pairs = packed.scales.view(n // 64, k // fmt.group_size, 4, 8, 2).permute(0, 2, 4, 3, 1)
-    return codes.view(n, k), pairs.reshape(n, k // fmt.group_size)
+    groups, each = k // fmt.group_size, 2 if fmt.has_zeros else 1
+    scales = packed.scales.view(n // 64, groups, 4, 8, each, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, groups, each)
+    if not fmt.has_zeros:
+        return codes.view(n, k), scales[..., 0]
+    terms = scales[..., 1]
+    return codes.view(n, k), torch.stack([scales[..., 0], torch.where(terms > 0, terms - 1024, -terms - 64)], -1)
+
+
+def _zero_terms(zeros: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """What decoding subtracts or adds for zero points [n, groups]; ValueError unless they are whole, 0 .. codes."""
+    if not bool(((zeros >= 0) & (zeros <= fmt.codes) & (zeros == zeros.round())).all()):
+        raise ValueError(f"zero points of {fmt.name} must be whole numbers from 0 to {fmt.codes}")
+    is_high = torch.arange(zeros.shape[0], device=zeros.device)[:, None] // 8 % 2 == 1  # rows g + 8
+    return torch.where(is_high, -(64 + zeros), 1024 + zeros)
 
 
 def check_scales(scales: torch.Tensor, n: int, k: int, fmt: WeightFormat) -> None:
-    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size]."""
-    expected = (n, k // fmt.group_size)
+    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size], or [n, k / group_size, 2] with zero points."""
+    expected = (n, k // fmt.group_size, *((2,) if fmt.has_zeros else ()))
     if scales.dtype != torch.float16 or tuple(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)};"

@@ -46,7 +46,9 @@ class QuantLinear(nn.Module):
         tiles_n, tiles_k, groups = out_features // SIZE_UNIT, in_features // SIZE_UNIT, in_features // fmt.group_size
         weight = torch.zeros(tiles_n, tiles_k, WORDS_PER_TILE, dtype=torch.int32, device=device)
         self.register_buffer("weight", weight)
-        self.register_buffer("scales", torch.zeros(tiles_n, groups, SIZE_UNIT, dtype=torch.float16, device=device))
+        lanes = SIZE_UNIT * (2 if fmt.has_zeros else 1)
+        scales = torch.zeros(tiles_n, groups, lanes, dtype=torch.float16, device=device)
+        self.register_buffer("scales", scales)
         self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
         zeros = torch.zeros(out_features, dtype=torch.float16, device=device)
         self.bias = nn.Parameter(zeros, requires_grad=False) if bias else None

@@ -60,10 +60,11 @@ def check_operands(
             f" torch.int32 [n/64, k/64, {WORDS_PER_TILE}], as marlin_gen.pack returns"
         )
     n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
-    if scales.dtype != torch.float16 or tuple(scales.shape) != (n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT):
+    expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * (2 if fmt.has_zeros else 1)]
+    if scales.dtype != torch.float16 or list(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs torch.float16"
-            f" [{n // SIZE_UNIT}, {k // fmt.group_size}, {SIZE_UNIT}], as marlin_gen.pack returns"
+            f" {expected}, as marlin_gen.pack returns"
         )
     if a.ndim == 0 or a.shape[-1] != k:
         raise ValueError(f"a has shape {list(a.shape)}; its last dimension must be k={k}, the weight's in-features")

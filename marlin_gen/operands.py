@@ -24,6 +24,9 @@ class Shape:
         self.weight_format = weight_format
         self.codes = torch.randint(0, fmt.codes, (n, k), device=device, dtype=torch.uint8)
         self.scales = (torch.rand(n, k // fmt.group_size, device=device) * 0.02 + 0.005).half()
+        if fmt.has_zeros:
+            zeros = torch.randint(0, fmt.codes + 1, self.scales.shape, device=device)
+            self.scales = torch.stack([self.scales, zeros.half()], -1)
         first = pack(self.codes, self.scales, weight_format)
         copies = 1 + math.ceil(ROTATE_L2S * l2_bytes / first.nbytes)
         self.packed = [

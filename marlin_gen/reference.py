@@ -19,6 +19,7 @@ _SMALLEST_SCALE = 2.0**-24  # the smallest positive f16: a group of tiny weights
 def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight [n, k] to codes (uint8 [n, k]) and scales (f16 [n, k / group_size]), rounding to nearest.
 
+    With zero points, scales are f16 [n, k / group_size, 2]: scale and zero point, from the group's least and largest.
     Raises ValueError for a shape the packed layout cannot hold and for weights that are not finite or exceed the
     range of f16 scales.
     """
@@ -30,13 +31,14 @@ def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple
     n, k = weight.shape
     check_shape(n, k, fmt)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(n, k // fmt.group_size, dtype=torch.float16, device=weight.device)
+    each = (2,) if fmt.has_zeros else ()
+    scales = torch.empty(n, k // fmt.group_size, *each, dtype=torch.float16, device=weight.device)
     rows = max(_CHUNK_WEIGHTS // k, 1)
     with torch.no_grad():
         for start in range(0, n, rows):
             stop = min(start + rows, n)
             groups = weight[start:stop].float().view(stop - start, -1, fmt.group_size)
-            chunk_codes, chunk_scales = _quantize_groups(groups, fmt)
+            chunk_codes, chunk_scales = (_quantize_about_zeros if fmt.has_zeros else _quantize_groups)(groups, fmt)
             codes[start:stop] = chunk_codes.view(stop - start, k)
             scales[start:stop] = chunk_scales
     return codes, scales
@@ -44,13 +46,8 @@ def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple
 
 def _quantize_groups(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [rows, groups, group_size] to codes of the same shape and f16 scales [rows, groups]."""
-    absmax = groups.abs().amax(dim=-1)
-    limit = torch.finfo(torch.float16).max * _DIVISORS[0]
-    if not bool((absmax <= limit).all()):  # also false for NaN
-        raise ValueError(
-            f"the largest weight is {absmax.max().item()}, but {fmt.name} holds finite weights up to {limit:.0f};"
-            " check the checkpoint"
-        )
+    assert fmt.zero_point is not None
+    absmax = _checked_absmax(groups, fmt)
     best_error = torch.full_like(absmax, float("inf"))
     best_scale = torch.ones_like(absmax, dtype=torch.float16)
     for divisor in _DIVISORS:
@@ -64,8 +61,30 @@ def _quantize_groups(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Ten
     return _encode(groups, best_scale, fmt).to(torch.uint8), best_scale
 
 
+def _quantize_about_zeros(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [rows, groups, group_size] to codes of the same shape and f16 [rows, groups, 2]: scales and zero points."""
+    _checked_absmax(groups, fmt)
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)  # zero has a code of its own
+    scale = ((high - low) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).half()
+    zero = (-low / scale.float()).round_().clamp_(0, fmt.codes - 1)
+    codes = (groups / scale.float()[..., None]).round_().add_(zero[..., None]).clamp_(0, fmt.codes - 1)
+    return codes.to(torch.uint8), torch.stack([scale, zero.half()], -1)
+
+
+def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    absmax = groups.abs().amax(dim=-1)
+    limit = torch.finfo(torch.float16).max * _DIVISORS[0]
+    if not bool((absmax <= limit).all()):  # also false for NaN
+        raise ValueError(
+            f"the largest weight is {absmax.max().item()}, but {fmt.name} holds finite weights up to {limit:.0f};"
+            " check the checkpoint"
+        )
+    return absmax
+
+
 def _encode(groups: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """The nearest codes under ``scale``, as fp32."""
+    assert fmt.zero_point is not None
     return (groups / scale.float()[..., None]).round_().add_(fmt.zero_point).clamp_(0, fmt.codes - 1)
 
 
@@ -75,11 +94,10 @@ def dequantize(
     weight_format: str = DEFAULT_FORMAT,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """The weight [n, k] as the kernels see it: code - zero_point is exact in f16, times the scale rounds once."""
+    """The weight [n, k] as the kernels see it: code - zero point is exact in f16, times the scale rounds once."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
-    centred = codes.to(torch.float16).sub_(fmt.zero_point).view(codes.shape[0], -1, fmt.group_size)
-    return centred.mul_(scales[..., None]).view(codes.shape).to(dtype)
+    return _decoded(codes.to(torch.float16), scales, fmt).to(dtype)
 
 
 def gemm_reference(
@@ -88,5 +106,15 @@ def gemm_reference(
     """``a [..., k] @ B^T`` in fp32 [..., n] with unrounded weights: what kernels are compared with."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
-    centred = codes.float().sub_(fmt.zero_point).view(codes.shape[0], -1, fmt.group_size)
-    return a.float() @ centred.mul_(scales.float()[..., None]).view(codes.shape).T
+    return a.float() @ _decoded(codes.float(), scales.float(), fmt).T
+
+
+def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """(codes - zero point) * scale, [n, k], in the floating type of both; ``codes`` is overwritten."""
+    grouped = codes.view(codes.shape[0], -1, fmt.group_size)
+    if fmt.has_zeros:
+        grouped.sub_(scales[..., 1:])
+        scales = scales[..., 0]
+    elif fmt.zero_point is not None:
+        grouped.sub_(fmt.zero_point)
+    return grouped.mul_(scales[..., None]).view(codes.shape)

@@ -17,9 +17,8 @@ def to_packed(weight: QuantizedWeight, name: str = "weight") -> PackedWeight:
     """
     if weight.bits != 4:
         raise ValueError(f"{name} has {weight.bits}-bit codes; the kernels read 4-bit ones")
-    for what, values in (("zero points", weight.zeros), ("minima", weight.minima)):
-        if values is not None:
-            raise ValueError(f"{name} has {what} of its own for each group; the kernels read codes about 8 only")
+    if weight.minima is not None:
+        raise ValueError(f"{name} has minima of its own for each group; the kernels read zero points only")
     if weight.order is not None:
         raise ValueError(f"{name} is in act-order (desc_act); the kernels read input features in their own order")
     fmt = _format_of(weight, name)
@@ -27,14 +26,20 @@ def to_packed(weight: QuantizedWeight, name: str = "weight") -> PackedWeight:
     if not torch.equal(scales.to(weight.scales.dtype), weight.scales):
         worst = float((scales.double() - weight.scales.double()).abs().max())
         raise ValueError(f"{name} has {weight.scales.dtype} scales that f16 does not hold, off by up to {worst:.1e}")
+    if weight.zeros is not None:
+        scales = torch.stack([scales, weight.zeros.half()], -1)
     scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
     return pack(weight.codes, scales, fmt.name)
 
 
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
-    """The 4-bit format with the largest group that divides the weight's."""
-    fitting = [fmt for fmt in FORMATS.values() if fmt.bits == weight.bits and weight.group_size % fmt.group_size == 0]
+    """The 4-bit format, with zero points if the weight has them, of the largest group that divides the weight's."""
+    if weight.zeros is not None and weight.zeros.is_floating_point():
+        raise ValueError(f"{name} has zero points in {weight.zeros.dtype}; the kernels read whole ones")
+    has_zeros = weight.zeros is not None
+    formats = [fmt for fmt in FORMATS.values() if fmt.bits == weight.bits and fmt.has_zeros == has_zeros]
+    fitting = [fmt for fmt in formats if weight.group_size % fmt.group_size == 0]
     if not fitting:
-        known = ", ".join(str(fmt.group_size) for fmt in FORMATS.values())
+        known = ", ".join(str(fmt.group_size) for fmt in formats)
         raise ValueError(f"{name} has group_size={weight.group_size}, which none of {known} divides")
     return max(fitting, key=lambda fmt: fmt.group_size)

@@ -16,7 +16,7 @@ SLICE_K = 64  # k of a packed tile
 ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
 MAX_WARPS = 16
-MAX_WARP_ROWS = 256  # per pass: every lane of a warp copies at most 16 bytes of scales
+MAX_SCALE_BYTES = 512  # of a warp's rows in a pass and group: every lane copies at most 16
 STAGES = (2, 10)
 SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
 
@@ -99,16 +99,21 @@ class MmaFamily:
             )
         if c.block_n % (ROW_BLOCK * c.warps_n):
             return f"block_n={c.block_n} is not a multiple of {ROW_BLOCK} rows x warps_n={c.warps_n}"
-        if (rows := c.block_n // c.warps_n) > MAX_WARP_ROWS:
-            return f"block_n={c.block_n} over warps_n={c.warps_n} is {rows} rows a warp; at most {MAX_WARP_ROWS}"
+        rows = c.block_n // c.warps_n
         if c.block_m not in TOKEN_TILES:
             return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
         if not STAGES[0] <= c.num_stages <= STAGES[1]:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
         if fmt.bits != 4 or fmt.group_size % MMA_K:
             return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {MMA_K}"
-        if c.dequant == "deferred" and fmt.group_size % SLICE_K:
-            return f"dequant=deferred scales the sums of {SLICE_K} k at once; group_size={fmt.group_size} is finer"
+        if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_zeros):
+            return (
+                f"dequant=deferred corrects the sums of {SLICE_K} k at once, for all rows alike; {fmt.name} has finer"
+                " groups, or zero points"
+            )
+        if rows * fmt.scale_bytes > MAX_SCALE_BYTES:
+            most = MAX_SCALE_BYTES // fmt.scale_bytes
+            return f"block_n={c.block_n} over warps_n={c.warps_n} is {rows} rows a warp; at most {most} for {fmt.name}"
         if c.block_k % SLICE_K or (c.block_k % fmt.group_size and fmt.group_size % c.block_k):
             return (
                 f"block_k={c.block_k} is not a multiple of {SLICE_K} that divides group_size={fmt.group_size},"
@@ -154,7 +159,7 @@ class MmaFamily:
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""
         configs = _DEFAULTS[arch.name]
-        if fmt.group_size % SLICE_K:
+        if fmt.group_size % SLICE_K or fmt.has_zeros:
             configs = tuple(replace(c, dequant="exact") for c in configs)
         return tuple(c for c in configs if self.reject_reason(c, fmt, arch) is None)
 
@@ -170,7 +175,7 @@ class MmaFamily:
         c = config
         slices = c.block_k // SLICE_K
         rows = _row_blocks(c)
-        scales = -(-_ceil_div(c.block_k, fmt.group_size) * rows * 32 // 128) * 128
+        scales = -(-_ceil_div(c.block_k, fmt.group_size) * rows * 16 * fmt.scale_bytes // 128) * 128
         stage = slices * (rows * 512 + c.block_m * 128) + scales
         row_bytes = c.warps_k * (c.block_n + 4) * 4  # fp32 sums of one token, padded against bank conflicts
         tokens = c.block_m

@@ -18,6 +18,7 @@ from marlin_gen.families import FAMILIES
 from marlin_gen.formats import DEFAULT_FORMAT, FORMATS
 from marlin_gen.layout import PackedWeight, pack
 from marlin_gen.problem import Problem
+from marlin_gen.reference import dequantize
 from marlin_gen.render import render
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
@@ -139,7 +140,10 @@ def random_problem(
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(n, k // group, generator=generator) * 0.02 + 0.005).half()
     a = torch.randn(m, k, generator=generator).half()
-    return a, pack(codes, scales, weight_format), (codes.float() - 8) * scales.float().repeat_interleave(group, 1)
+    if FORMATS[weight_format].has_zeros:
+        zeros = torch.randint(0, 17, scales.shape, generator=generator).half()
+        scales = torch.stack([scales, zeros], -1)
+    return a, pack(codes, scales, weight_format), dequantize(codes, scales, weight_format, torch.float32)
 
 
 def relative_error(c: torch.Tensor, reference: torch.Tensor) -> float:

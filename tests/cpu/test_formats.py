@@ -18,13 +18,12 @@ def test_weight_format_row(name):
     fmt = FORMATS[name]
     assert fmt.name == name and weight_format(name) is fmt
     assert re.fullmatch(r"[a-z0-9]+", name), "a token of keys and file names"
-    assert 0 <= fmt.zero_point < fmt.codes
+    assert fmt.has_zeros if fmt.zero_point is None else 0 <= fmt.zero_point < fmt.codes
     assert fmt.group_size % SIZE_UNIT == 0 or SIZE_UNIT % fmt.group_size == 0
     assert fmt.scale_dtype in DTYPES
     n, k = 64, 2 * max(fmt.group_size, SIZE_UNIT)
-    assert (
-        fmt.packed_bytes(n, k) * 8 == n * k * fmt.bits + n * (k // fmt.group_size) * DTYPES[fmt.scale_dtype].bytes * 8
-    )
+    halves = n * (k // fmt.group_size) * (2 if fmt.has_zeros else 1)
+    assert fmt.packed_bytes(n, k) * 8 == n * k * fmt.bits + halves * DTYPES[fmt.scale_dtype].bytes * 8
 
 
 @pytest.mark.parametrize("name", DTYPES)

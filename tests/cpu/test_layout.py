@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlin_gen.formats import FORMATS, LAYOUT_VERSION
+from marlin_gen.formats import DEFAULT_FORMAT, FORMATS, LAYOUT_VERSION, WeightFormat
 from marlin_gen.layout import PackedWeight, pack, unpack
 from marlin_gen.reference import dequantize, gemm_reference, quantize
 
@@ -20,11 +20,20 @@ TABLE = [
 ]  # fmt: skip
 
 
-def random_weight(n: int, k: int, group_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_weight(n: int, k: int, fmt: WeightFormat, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(n, k // group_size, generator=generator) * 0.02 + 0.005).half()
+    scales = (torch.rand(n, k // fmt.group_size, generator=generator) * 0.02 + 0.005).half()
+    if fmt.has_zeros:
+        zeros = torch.randint(0, 17, scales.shape, generator=generator).half()
+        scales = torch.stack([scales, zeros], -1)
     return codes, scales
+
+
+def own_values(scales: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of every weight, f64 [n, k]."""
+    scale, zero = (scales[..., 0], scales[..., 1]) if fmt.has_zeros else (scales, torch.full_like(scales, 8))
+    return tuple(t.double().repeat_interleave(fmt.group_size, 1) for t in (scale, zero))
 
 
 @pytest.fixture(params=sorted(FORMATS))
@@ -34,7 +43,7 @@ def fmt(request):
 
 def test_pack_follows_the_nibble_table(fmt):
     n, k = 128, 2 * max(fmt.group_size, 64)
-    codes, scales = random_weight(n, k, fmt.group_size)
+    codes, scales = random_weight(n, k, fmt)
     packed = pack(codes, scales, fmt.name)
     words = packed.weight.flatten().tolist()
     rows = codes.tolist()
@@ -55,22 +64,26 @@ def test_pack_follows_the_nibble_table(fmt):
 
 def test_scales_of_a_lane_are_adjacent(fmt):
     n, k = 128, 2 * max(fmt.group_size, 64)
-    codes, scales = random_weight(n, k, fmt.group_size)
+    codes, scales = random_weight(n, k, fmt)
     packed = pack(codes, scales, fmt.name)
     for tile in range(n // 64):
         for group in range(k // fmt.group_size):
             for block in range(4):
                 for g in range(8):
                     row = tile * 64 + block * 16 + g
-                    pair = packed.scales[tile, group, block * 16 + 2 * g : block * 16 + 2 * g + 2].tolist()
-                    assert pair == [scales[row, group].item(), scales[row + 8, group].item()]
+                    if fmt.has_zeros:
+                        lane = packed.scales[tile, group, block * 32 + 4 * g : block * 32 + 4 * g + 4].tolist()
+                        (scale, zero), (scale_8, zero_8) = scales[row, group].tolist(), scales[row + 8, group].tolist()
+                        assert lane == [scale, scale_8, 1024 + zero, -(64 + zero_8)]
+                    else:
+                        lane = packed.scales[tile, group, block * 16 + 2 * g : block * 16 + 2 * g + 2].tolist()
+                        assert lane == [scales[row, group].item(), scales[row + 8, group].item()]
 
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 6), k=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), name=st.sampled_from(sorted(FORMATS)))
 def test_unpack_inverts_pack(n, k, seed, name):
-    group = FORMATS[name].group_size
-    codes, scales = random_weight(64 * n, max(group, 64) * k, group, seed)
+    codes, scales = random_weight(64 * n, max(FORMATS[name].group_size, 64) * k, FORMATS[name], seed)
     packed = pack(codes, scales, name)
     assert (packed.n, packed.k) == tuple(codes.shape)
     assert packed.nbytes == FORMATS[name].packed_bytes(packed.n, packed.k)
@@ -82,7 +95,7 @@ def test_unpack_inverts_pack(n, k, seed, name):
 
 def test_pack_takes_views_and_leaves_its_input_alone(fmt):
     k = 2 * max(fmt.group_size, 64)
-    codes, scales = random_weight(128, 2 * k, fmt.group_size)
+    codes, scales = random_weight(128, 2 * k, fmt)
     half = codes[:64, :k].contiguous(), scales[:64, : k // fmt.group_size].contiguous()
     before = codes.clone()
     view = pack(codes[:64, :k], scales[:64, : k // fmt.group_size], fmt.name)
@@ -105,38 +118,53 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_pack_names_what_is_wrong(case):
-    codes, scales = random_weight(128, 256, 128)
+    codes, scales = random_weight(128, 256, FORMATS[DEFAULT_FORMAT])
     codes[0, 0] = 15
     change, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         pack(*change(codes, scales))
 
 
+@pytest.mark.parametrize("zero", [-1.0, 17.0, 7.5, float("nan")])
+def test_pack_refuses_zero_points_that_are_no_code(zero):
+    codes, scales = random_weight(64, 128, FORMATS["u4zg128"])
+    scales[3, 0, 1] = zero
+    with pytest.raises(ValueError, match="zero points of u4zg128 must be whole numbers from 0 to 16"):
+        pack(codes, scales, "u4zg128")
+
+
 def test_unpack_refuses_another_layout_version():
-    packed = pack(*random_weight(64, 128, 128))
+    packed = pack(*random_weight(64, 128, FORMATS[DEFAULT_FORMAT]))
     with pytest.raises(ValueError, match=f"layout_version=7 is not {LAYOUT_VERSION}; pack the original"):
         unpack(PackedWeight(packed.weight, packed.scales, packed.weight_format, layout_version=7))
 
 
 def test_identity_activations_return_the_dequantised_weight(fmt):
     k = 2 * max(fmt.group_size, 64)
-    codes, scales = random_weight(64, k, fmt.group_size)
+    codes, scales = random_weight(64, k, fmt)
     decoded = gemm_reference(torch.eye(k), codes, scales, fmt.name).half()
     assert torch.equal(decoded.T, dequantize(codes, scales, fmt.name))
 
 
 def test_dequantize_rounds_once(fmt):
-    codes, scales = random_weight(64, fmt.group_size * 2, fmt.group_size)
-    exact = (codes.double() - fmt.zero_point) * scales.double().repeat_interleave(fmt.group_size, 1)
+    codes, scales = random_weight(64, fmt.group_size * 2, fmt)
+    scale, zero = own_values(scales, fmt)
+    exact = (codes.double() - zero) * scale
     assert torch.equal(dequantize(codes, scales, fmt.name), exact.half())
 
 
 def test_quantize_round_trips_representable_weights(fmt):
     """Weights that are exactly code * scale with a full-range group come back as they went in."""
-    codes, scales = random_weight(64, fmt.group_size * 2, fmt.group_size)
-    codes.clamp_(1)  # absmax is 7 scales
-    codes.view(64, -1, fmt.group_size)[..., 0] = 1
-    scales = torch.full_like(scales, 2.0**-6)
+    codes, scales = random_weight(64, fmt.group_size * 2, fmt)
+    groups = codes.view(64, -1, fmt.group_size)
+    if fmt.has_zeros:  # from 0 to 15 about a zero point that is a code
+        groups[..., 0], groups[..., 1] = 0, 15
+        scales[..., 0] = 2.0**-6
+        scales[..., 1].clamp_(0, 15)
+    else:
+        codes.clamp_(1)  # absmax is 7 scales
+        groups[..., 0] = 1
+        scales = torch.full_like(scales, 2.0**-6)
     weight = dequantize(codes, scales, fmt.name, torch.float32)
     back_codes, back_scales = quantize(weight, fmt.name)
     assert torch.equal(dequantize(back_codes, back_scales, fmt.name, torch.float32), weight)

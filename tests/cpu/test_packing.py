@@ -16,26 +16,25 @@ from marlin_gen.reference import dequantize
 N = 128
 
 
-def weight(k: int, group_size: int, dtype: torch.dtype = torch.float16) -> QuantizedWeight:
+def weight(k: int, group_size: int, dtype: torch.dtype = torch.float16, zeros: bool = False) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(k + group_size)
     codes = torch.randint(0, 16, (N, k), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(N, k // group_size, generator=generator) * 0.02 + 0.005).to(dtype)
-    return QuantizedWeight(codes, scales, bits=4, group_size=group_size)
+    points = torch.randint(0, 17, scales.shape, generator=generator, dtype=torch.uint8) if zeros else None
+    return QuantizedWeight(codes, scales, bits=4, group_size=group_size, zeros=points)
 
 
 @pytest.mark.parametrize(
-    ("k", "group_size", "weight_format"),
-    [
-        (384, 128, "u4b8g128"), (576, 64, "u4b8g64"), (576, 32, "u4b8g32"), (512, 256, "u4b8g128"),
-        (576, 576, "u4b8g64"), (640, 640, "u4b8g128"), (576, 96, "u4b8g32"),
-    ],
-)  # fmt: skip
-def test_packs_every_weight_exactly(k, group_size, weight_format):
-    given = weight(k, group_size)
+    ("k", "group_size", "size"),
+    [(384, 128, 128), (576, 64, 64), (576, 32, 32), (512, 256, 128), (576, 576, 64), (640, 640, 128), (576, 96, 32)],
+)
+@pytest.mark.parametrize(("zeros", "codes"), [(False, "u4b8"), (True, "u4z")])
+def test_packs_every_weight_exactly(k, group_size, size, zeros, codes):
+    given = weight(k, group_size, zeros=zeros)
     packed = to_packed(given)
-    assert packed.weight_format == weight_format
-    # f16(code - 8) * scale rounds once, as the exact product rounded to f16 does.
-    assert torch.equal(dequantize(*unpack(packed), weight_format), given.dequantize().half())
+    assert packed.weight_format == f"{codes}g{size}"
+    # f16(code - zero) * scale rounds once, as the exact product rounded to f16 does.
+    assert torch.equal(dequantize(*unpack(packed), packed.weight_format), given.dequantize().half())
 
 
 def test_a_layer_answers_like_the_dense_weight():
@@ -56,7 +55,7 @@ def test_scales_of_another_type_that_f16_holds():
     ("change", "says"),
     [
         ({"bits": 8}, "q_proj has 8-bit codes"),
-        ({"zeros": torch.full((N, 2), 7, dtype=torch.uint8)}, "q_proj has zero points of its own"),
+        ({"zeros": torch.full((N, 2), 7.5)}, "q_proj has zero points in torch.float32"),
         ({"minima": torch.zeros(N, 2)}, "q_proj has minima"),
         ({"order": torch.arange(256).flip(0)}, r"q_proj is in act-order \(desc_act\)"),
         ({"scales": torch.full((N, 2), 0.1)}, r"torch.float32 scales that f16 does not hold, off by up to 2\.4e-05"),

@@ -17,8 +17,9 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kDeferred;
-  // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
+  // The weight format: weight = (code - zero point) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
+  static constexpr bool kHasZeros = false;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
 
@@ -48,11 +49,12 @@ struct Config {
 namespace {
 
 using namespace marlin_gen;
-using Decode = DecodeU4F16;
+using Decode = DecoderOf<Config::kHasZeros>::Type;
 
 constexpr int kSliceK = 64;  // k of a packed tile, of a 128-byte row of activations, and of four mma steps
 constexpr int kTileBytes = 2048, kRowBlockBytes = 512;  // packed weights of 64 x 64, and of 16 x 64
-constexpr int kTileScaleBytes = 128, kRowBlockScaleBytes = 32;  // scales of 64 rows and of 16 rows, for one group
+constexpr int kRowBlockScaleBytes = 8 * Decode::kPairBytes, kTileScaleBytes = 4 * kRowBlockScaleBytes;  // of 16 rows and of 64
+constexpr int kScaleLanes = kRowBlockScaleBytes / 16;  // that copy a row block's
 
 constexpr int kWarps = Config::kThreads / 32;
 constexpr int kRowBlocks = Config::kBlockN / (16 * Config::kWarpsN);  // 16-row blocks of one warp in one pass
@@ -91,7 +93,8 @@ static_assert(sizeof(SharedStorage) == Config::kSmemBytes, "the host computes an
 static_assert(Config::kThreads == 32 * Config::kWarpsN * Config::kWarpsK, "the host launches another number of threads");
 static_assert(Config::kBits == 4, "the decoder reads 4-bit codes");
 static_assert(Config::kGroupSize % kSliceK == 0 || kSliceK % Config::kGroupSize == 0, "a slice holds whole groups, or lies in one");
-static_assert(kSliceGroups == 1 || !kDeferred, "a slice is scaled as a whole");
+static_assert(!kDeferred || (kSliceGroups == 1 && !Config::kHasZeros), "a slice is corrected and scaled as a whole");
+static_assert(kRowBlocks * kScaleLanes <= 32, "a lane copies 16 bytes of scales at most");
 static_assert(Config::kGroupSize % Config::kBlockK == 0 || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");
 static_assert(Config::kPartition == Partition::kTiles || Config::kPartition == Partition::kClusterk, "clusters compute whole rows");
@@ -153,7 +156,7 @@ struct Loader {
       : share(share),
         a(a + u64(share.token_begin + share.lane / 8) * u32(share.k) + share.lane % 8 * 8),
         weight(weight + share.lane * 16),
-        scales(scales + share.lane % 2 * 16) {
+        scales(scales + share.lane % kScaleLanes * 16) {
     if (share.num_steps <= 0) pass = share.num_passes;
     start_pass();
   }
@@ -187,7 +190,7 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i)
       row_offset[i] = (row_block(i) / 4 - first_tile) * tile_row_bytes + row_block(i) % 4 * kRowBlockBytes;
-    u32 const row = row_block(share.lane / 2);
+    u32 const row = row_block(share.lane / kScaleLanes);
     pass_scales = scales + u64(row / 4) * tile_row_scales + row % 4 * kRowBlockScaleBytes;
   }
 
@@ -266,14 +269,12 @@ __device__ __forceinline__ void load_activations(Activations& b, u32 smem, int l
 }
 
 // acc += decode(words) * b, zero point and scales applied to each weight.
-__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], u32 const (&scales)[kSliceGroups],
+__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], Decode::Group const (&groups)[kSliceGroups],
                                                Activations const& b) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    u32 const pair = scales[step * kSliceGroups / 4];
-    u32 const scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
     u32 fragment[4];
-    Decode::exact(words[step], scale_g, scale_g8, fragment);
+    Decode::exact(words[step], groups[step * kSliceGroups / 4], fragment);
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) ptx::mma_m16n8k16_f16(acc[j], fragment, b[step][j][0], b[step][j][1]);
   }
@@ -315,7 +316,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int
 #pragma unroll kUnrolledSlices
   for (int slice = 0; slice < kSlices; ++slice) {
     u32 const weight = stage + slice * kRowBlocks * kRowBlockBytes + lane * 16;
-    u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * 4;
+    u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * Decode::kPairBytes;
     Activations b;
     load_activations(b, stage + kStageA + slice * kSliceABytes, lane);
     float zero[kTokenBlocks][4] = {};
@@ -324,14 +325,14 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int
     for (int i = 0; i < kRowBlocks; ++i) {
       u32x4 const quad = ptx::ld_shared_v4(weight + i * kRowBlockBytes);
       u32 const words[4] = {quad.x, quad.y, quad.z, quad.w};
-      u32 scale_pairs[kSliceGroups];  // scales of rows g and g + 8, group by group
-#pragma unroll
-      for (int group = 0; group < kSliceGroups; ++group)
-        scale_pairs[group] = ptx::ld_shared_u32(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
       if constexpr (kDeferred) {
-        multiply_deferred(acc[i], words, scale_pairs[0], b, zero);
+        multiply_deferred(acc[i], words, ptx::ld_shared_u32(scales + i * kRowBlockScaleBytes), b, zero);
       } else {
-        multiply_exact(acc[i], words, scale_pairs, b);
+        Decode::Group groups[kSliceGroups];
+#pragma unroll
+        for (int group = 0; group < kSliceGroups; ++group)
+          groups[group] = Decode::load(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
+        multiply_exact(acc[i], words, groups, b);
       }
     }
   }

@@ -17,8 +17,9 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
-  // The weight format: weight = (code - kZeroPoint) * scale[row][k / kGroupSize].
+  // The weight format: weight = (code - zero point) * scale[row][k / kGroupSize].
   static constexpr int kBits = 4;
+  static constexpr bool kHasZeros = false;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
 
@@ -47,7 +48,7 @@ struct Config {
 
 namespace marlin_gen {
 
-using Decode = DecodeU4F16;
+using Decode = DecoderOf<Config::kHasZeros>::Type;
 using ptx::TensorMap;
 
 constexpr int kWarpgroup = 128;                // threads
@@ -65,7 +66,7 @@ constexpr int kEarlyStages = 2;  // whose weights a dependent launch asks for be
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
 constexpr int kSlabBytes = Config::kBlockM * 128;
 constexpr int kWeightTileBytes = 64 * 64 * Config::kBits / 8;
-constexpr int kScaleTileBytes = 64 * 2;
+constexpr int kScaleTileBytes = 32 * Decode::kPairBytes;
 constexpr int kWeightsAt = kSlabs * kSlabBytes;  // inside a stage: activations first
 constexpr int kScalesAt = kWeightsAt + kRowTiles * kSlabs * kWeightTileBytes;
 constexpr int kLoadedBytes = kScalesAt + kRowTiles * kGroups * kScaleTileBytes;
@@ -248,20 +249,16 @@ struct Consumer {
   __device__ __forceinline__ void decode(int stage) {
     u32 const base = smem + stage * kStageBytes;
     u32 const weights = base + kWeightsAt + row_tile * kSlabs * kWeightTileBytes + warp * 512 + lane * 16;
-    u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + warp * 32 + lane / 4 * 4;
+    u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + warp * 8 * Decode::kPairBytes + lane / 4 * Decode::kPairBytes;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       u32x4 const quad = ptx::ld_shared_v4(weights + slab * kWeightTileBytes);
-      u32 pair = ptx::ld_shared_u32(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
-      u32 scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
-      Decode::exact(quad.x, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 0]);
-      Decode::exact(quad.y, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 1]);
-      if constexpr (Config::kGroupSize == 32) {
-        pair = ptx::ld_shared_u32(scales + (slab * 2 + 1) * kScaleTileBytes);
-        scale_g = ptx::duplicate_low(pair), scale_g8 = ptx::duplicate_high(pair);
-      }
-      Decode::exact(quad.z, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 2]);
-      Decode::exact(quad.w, scale_g, scale_g8, fragments[kBuffer][slab * 4 + 3]);
+      Decode::Group group = Decode::load(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
+      Decode::exact(quad.x, group, fragments[kBuffer][slab * 4 + 0]);
+      Decode::exact(quad.y, group, fragments[kBuffer][slab * 4 + 1]);
+      if constexpr (Config::kGroupSize == 32) group = Decode::load(scales + (slab * 2 + 1) * kScaleTileBytes);
+      Decode::exact(quad.z, group, fragments[kBuffer][slab * 4 + 2]);
+      Decode::exact(quad.w, group, fragments[kBuffer][slab * 4 + 3]);
     }
   }
 

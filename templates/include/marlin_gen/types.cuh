@@ -22,6 +22,9 @@ enum class Dequant {
   kDeferred  // to the fp32 sums of each scale group, after it
 };
 
+struct alignas(8) u32x2 {
+  u32 x, y;
+};
 // A 16-byte register quad, as wide as one shared-memory access.
 struct alignas(16) u32x4 {
   u32 x, y, z, w;

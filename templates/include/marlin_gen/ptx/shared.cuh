@@ -17,6 +17,11 @@ __device__ __forceinline__ u32 ld_shared_u32(u32 address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
+__device__ __forceinline__ u32x2 ld_shared_v2(u32 address) {
+  u32x2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ f32x4 ld_shared_f32x4(u32 address) {
   f32x4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");

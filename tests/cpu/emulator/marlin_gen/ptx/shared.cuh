@@ -13,6 +13,7 @@ T ld_shared(u32 address) {
   return load<T>(address);
 }
 inline u32x4 ld_shared_v4(u32 address) { return ld_shared<u32x4>(address); }
+inline u32x2 ld_shared_v2(u32 address) { return ld_shared<u32x2>(address); }
 inline u32 ld_shared_u32(u32 address) { return ld_shared<u32>(address); }
 inline f32x4 ld_shared_f32x4(u32 address) { return ld_shared<f32x4>(address); }
 inline void st_shared_f32x4(u32 address, f32x4 v) {
