@@ -92,7 +92,7 @@ def text(value: str) -> torch.Tensor:
         ({"nbits": number(3)}, "too large for 3 bits"),
         ({"W_q": torch.zeros(8, 64, dtype=torch.uint8)}, r"torch.uint8 \[8, 64\].*need torch.uint8 \[18 / 2, 64\]"),
         ({"W_q": torch.zeros(9, 64, dtype=torch.int32)}, "W_q is torch.int32"),
-        ({"shape": torch.tensor([5, 192])}, r"need torch.uint8 \[15 / 2, 64\]"),
+        ({"shape": torch.tensor([5, 192]), "W_q": torch.zeros(8, 64, dtype=torch.uint8)}, r"need .* \[15 / 2, 64\]"),
         ({"shape": torch.tensor([12, 96])}, "k=96 is no multiple of group_size=64, so groups cross rows"),
         ({"scale": torch.ones(1, dtype=torch.float16)}, r"scale is torch.float16 \[1\]; n=6 rows of 3 groups"),
         ({"zero": torch.zeros(18, 1, dtype=torch.uint8)}, "zero is torch.uint8"),
