@@ -23,6 +23,7 @@ ONLY = {
     "typer": {"cli"},
     "rich": {"cli"},
     "ninja": {"compile"},
+    "gguf": {"checkpoints"},
 }
 # Not in the table: the package front, which names public things of every layer, and the standalone compiler command.
 OUTSIDE = {"__init__", "__main__", "nvrtc_compile"}
