@@ -73,15 +73,16 @@ class Layer:
     def order(self, name: str, group_size: int, k: int) -> torch.Tensor | None:
         """int64 [k]: columns sorted stably by the group that ``name`` ([k]) gives each; None if they are so."""
         groups = self.tensor(name, INDICES, (k,))
-        features = torch.arange(k, device=groups.device)
-        order = groups.argsort(stable=True)
-        wrong = groups[order] != features // group_size
+        numbers, counts = groups.unique(return_counts=True)
+        wrong = (counts != group_size) | (numbers < 0) | (numbers >= k // group_size)
         if bool(wrong.any()):
-            group = int(groups[order[wrong]][0])
             raise self.error(
-                f"{name} has {int((groups == group).sum())} columns in group {group}; it must have {group_size} in each"
-                f" of the groups 0 .. {k // group_size - 1}: check group_size={group_size} in the quantization_config"
+                f"{name} has {int(counts[wrong][0])} columns in group {int(numbers[wrong][0])}; it must have"
+                f" {group_size} in each of the groups 0 .. {k // group_size - 1}: check group_size={group_size} in the"
+                " quantization_config"
             )
+        order = groups.argsort(stable=True)
+        features = torch.arange(k, device=groups.device)
         return None if torch.equal(order, features) else order
 
 
