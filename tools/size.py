@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 11500  # lines of everything but tests; 10500 until chains, off-grid and transfer measurements came
+TOTAL = 11800  # lines of everything but tests; 11500 until other libraries' checkpoints were read
 
 
 def tracked() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,13 +74,13 @@ class Layer:
     def order(self, name: str, group_size: int, k: int) -> torch.Tensor | None:
         """int64 [k]: columns sorted stably by the group that ``name`` ([k]) gives each; None if they are so."""
         groups = self.tensor(name, INDICES, (k,))
-        numbers, counts = groups.unique(return_counts=True)
-        wrong = (counts != group_size) | (numbers < 0) | (numbers >= k // group_size)
-        if bool(wrong.any()):
+        counts = Counter(groups.tolist())
+        known = range(k // group_size)
+        wrong = [group for group in sorted(counts) if counts[group] != group_size or group not in known]
+        if wrong:
             raise self.error(
-                f"{name} has {int(counts[wrong][0])} columns in group {int(numbers[wrong][0])}; it must have"
-                f" {group_size} in each of the groups 0 .. {k // group_size - 1}: check group_size={group_size} in the"
-                " quantization_config"
+                f"{name} has {counts[wrong[0]]} columns in group {wrong[0]}; it must have {group_size} in each of the"
+                f" groups 0 .. {k // group_size - 1}: check group_size={group_size} in the quantization_config"
             )
         order = groups.argsort(stable=True)
         features = torch.arange(k, device=groups.device)
