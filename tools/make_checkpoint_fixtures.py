@@ -2,8 +2,8 @@
 
 Each name is a library that must be installed where this runs (torch and safetensors beside it): auto-gptq, gptqmodel,
 autoawq, compressed-tensors. A random layer is quantised here, packed by the library's own packer, and written to
-tests/fixtures with the weight that the library itself decodes; metadata: the library's version and the
-quantization_config. compressed-tensors writes weight_g_idx up to 0.12 and no longer in 0.20: run it with each.
+tests/fixtures with the weight that the library itself decodes; metadata: the library, its version, and the
+quantization_config, as JSON. compressed-tensors writes weight_g_idx up to 0.12 and no longer in 0.20: run it with each.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def main() -> None:
         for fixture in fixtures():
             tensors = {**fixture.tensors, "dequantized": fixture.dequantized}
             path = FOLDER / f"{checkpoint_format}-{fixture.variant}.safetensors"
-            metadata = {"library": library, "version": version, "config": json.dumps(fixture.config)}
+            about = {"library": library, "version": version, "config": fixture.config}
+            metadata = {"fixture": json.dumps(about)}  # one entry: safetensors writes several in any order
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
             size = path.stat().st_size
             print(f"{path.name}: {size} bytes, {library} {version}, decoded in {fixture.dequantized.dtype}")

@@ -47,9 +47,9 @@ def fixture(name: str) -> tuple[dict[str, torch.Tensor], dict, torch.Tensor]:
     """(the layer's tensors, the quantization_config, the weight as the library decodes it)."""
     with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    assert metadata["library"] and metadata["version"]
-    return tensors, json.loads(metadata["config"]), tensors.pop("dequantized")
+        about = json.loads(file.metadata()["fixture"])
+    assert about["library"] and about["version"]
+    return tensors, about["config"], tensors.pop("dequantized")
 
 
 def test_every_fixture_is_read_and_small():
