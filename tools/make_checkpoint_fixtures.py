@@ -3,7 +3,7 @@
 Each name is a library that must be installed where this runs (torch and safetensors beside it): auto-gptq, gptqmodel,
 autoawq, compressed-tensors. A random layer is quantised here, packed by the library's own packer, and written to
 tests/fixtures with the weight that the library itself decodes; metadata: the library, its version, and the
-quantization_config, as JSON. compressed-tensors writes weight_g_idx up to 0.12 and no longer in 0.20: run it with each.
+quantization_config, as JSON. compressed-tensors 0.12.2 reads weight_g_idx and 0.20.0 does not: run it with each.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def compressed_tensors() -> Iterator[Fixture]:
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    old = hasattr(PackedQuantizationCompressor, "compress_weight")  # until 0.13 or so; it knows weight_g_idx
+    old = hasattr(PackedQuantizationCompressor, "compress_weight")  # 0.12.2 has it, and reads weight_g_idx
     variants = [("4bit-g64-sym-actorder", 4, 64, True, torch.float16)] if old else [
         ("4bit-g64-sym-bf16", 4, 64, True, torch.bfloat16),
         ("4bit-g32-asym", 4, 32, False, torch.float16),
