@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 11500  # lines of everything but tests; 10500 until chains, off-grid and transfer measurements came
+TOTAL = 12500  # lines of everything but tests; 11000 until the importers of checkpoints came
 
 
 def tracked() -> list[Path]:
