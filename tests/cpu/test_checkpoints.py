@@ -63,7 +63,10 @@ def test_every_fixture_is_read_and_small():
     assert max(sizes) < 120_000 and sum(sizes) < 1_000_000
 
 
-@pytest.mark.parametrize("name", [name for name, row in EXPECTED.items() if row[0] == 4 and not row[3] and row[4] == torch.float16])
+KERNEL_LAYERS = [name for name, row in EXPECTED.items() if (row[0], row[3], row[4]) == (4, False, torch.float16)]
+
+
+@pytest.mark.parametrize("name", KERNEL_LAYERS)
 def test_a_layer_in_the_kernels_layout_is_the_library_s_weight(name):
     tensors, config, decoded = fixture(name)
     packed = to_packed(read_layer(tensors, config, name), name)

@@ -1,0 +1,41 @@
+#!/bin/sh
+# Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
+#   tools/measure.sh [FOLDER [STAGE...]]
+# Stages, in order: tune bench tests cliffs regret chain sustained results. About half an hour on 16 cores and an H100; a stage
+# can be run again by itself. What each file means is in the tool that writes it.
+set -eu
+cd "$(dirname "$0")/.."
+export PYTHONPATH=.
+tables=${1:-tuned}
+[ $# -gt 0 ] && shift
+stages=${*:-tune bench tests cliffs regret chain sustained results}
+work="--model llama-3.1-8b --shapes 8192x8192,28672x8192"
+unseen=$(mktemp -d)
+trap 'rm -rf "$unseen"' EXIT
+
+for stage in $stages; do
+  case $stage in
+    tune | bench | tests | cliffs | regret | chain | sustained | results) ;;
+    *) echo "unknown stage '$stage'; known: tune bench tests cliffs regret chain sustained results" >&2; exit 2 ;;
+  esac
+done
+
+slug() { python3 -c "from marlin_gen.driver import identify; print(identify(0).slug)"; }
+table="$tables/$(slug)"
+
+for stage in $stages; do
+  echo "== $stage"
+  case $stage in
+    tune) python3 -m marlin_gen tune $work --budget 9m --out "$tables" --record ;;
+    bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --csv "$table/bench.csv" ;;
+    tests) MARLIN_GEN_TABLE="$table" python3 -m pytest -q tests/gpu ;;
+    cliffs) python3 tools/offgrid.py cliffs --table "$table" --csv "$table/cliffs.csv" ;;
+    regret)
+      python3 -m marlin_gen tune $(python3 tools/offgrid.py regret --shapes) --tokens 1,8,32,64,128,512,2048 --budget 5m --out "$unseen"
+      python3 tools/offgrid.py regret --table "$table" --tuned "$unseen/$(slug)" --csv "$table/regret.csv"
+      ;;
+    chain) MARLIN_GEN_TABLE="$table" python3 tools/chain.py --out "$table/chain.csv" ;;
+    sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 8192x8192 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
+    results) python3 tools/results_table.py ;;
+  esac
+done
