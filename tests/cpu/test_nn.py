@@ -10,6 +10,7 @@ from torch import nn
 
 import marlin_gen
 from marlin_gen import QuantLinear
+from marlin_gen.formats import FORMATS
 
 
 def linear(k: int = 256, n: int = 128, bias: bool = False) -> nn.Linear:
@@ -31,18 +32,32 @@ def test_forward(bias, shape):
     assert layer(x).shape == (*shape[:-1], 128)
 
 
-def test_close_to_the_float_layer():
+@pytest.mark.parametrize("weight_format", sorted(FORMATS))
+def test_close_to_the_float_layer_in_every_format(weight_format):
     source = linear(bias=True)
     x = torch.randn(64, 256)
     exact = source(x)
-    assert (QuantLinear.from_float(source)(x.half()).float() - exact).norm() / exact.norm() < 0.12
+    layer = QuantLinear.from_float(source, weight_format)
+    assert (layer(x.half()).float() - exact).norm() / exact.norm() < 0.12
 
 
+@pytest.mark.parametrize("weight_format", ["u4b8g128", "u4zg32"])
+def test_gradient_of_the_activations(weight_format):
+    layer = QuantLinear.from_float(linear(), weight_format)
+    dense = layer(torch.eye(256).half()).T.double()  # the weight, as the layer sees it
+    x = torch.randn(3, 256).half().requires_grad_()
+    grad = torch.randn(3, 128).half()
+    layer(x).backward(grad)
+    expected = grad.double() @ dense
+    assert (x.grad.double() - expected).norm() / expected.norm() < 1e-3
+
+
+@pytest.mark.parametrize("weight_format", ["u4b8g128", "u4zg64"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_state_dict_round_trip(bias, tmp_path):
-    layer = QuantLinear.from_float(linear(bias=bias))
+def test_state_dict_round_trip(bias, weight_format, tmp_path):
+    layer = QuantLinear.from_float(linear(bias=bias), weight_format)
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other = QuantLinear(256, 128, bias=bias)
+    other = QuantLinear(256, 128, bias=bias, weight_format=weight_format)
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     x = torch.randn(3, 256).half()
     assert torch.equal(other(x), layer(x))
