@@ -35,7 +35,7 @@ for stage in $stages; do
       python3 tools/offgrid.py regret --table "$table" --tuned "$unseen/$(slug)" --csv "$table/regret.csv"
       ;;
     chain) MARLIN_GEN_TABLE="$table" python3 tools/chain.py --out "$table/chain.csv" ;;
-    sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 8192x8192 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
+    sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 28672x4096 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
     results) python3 tools/results_table.py ;;
   esac
 done
