@@ -59,9 +59,7 @@ class KernelConfig:
 
 
 _EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"
-_CONFIG_KEY = re.compile(
-    r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)"
-)
+_CONFIG_KEY = re.compile(r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)")
 
 
 @dataclass(frozen=True, order=True)

@@ -39,9 +39,14 @@ class WeightFormat:
         return self.zero_point is None
 
     @property
+    def scale_values(self) -> int:
+        """Numbers of one row and group: the scale, and the zero point if there is one, in the scale's type."""
+        return 2 if self.has_zeros else 1
+
+    @property
     def scale_bytes(self) -> int:
-        """Of one row and group: the scale, and the zero point if there is one, which is stored as another f16."""
-        return DTYPES[self.scale_dtype].bytes * (2 if self.has_zeros else 1)
+        """Of one row and group."""
+        return DTYPES[self.scale_dtype].bytes * self.scale_values
 
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of the packed weight and its scales: what a kernel must at least read."""

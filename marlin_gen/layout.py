@@ -94,7 +94,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
         words |= nibble.to(torch.int32) << 4 * i
     if fmt.has_zeros:
         scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
-    groups, each = k // fmt.group_size, 2 if fmt.has_zeros else 1
+    groups, each = k // fmt.group_size, fmt.scale_values
     pairs = scales.reshape(n // 64, 4, 2, 8, groups, each).permute(0, 4, 1, 3, 5, 2)
     return PackedWeight(
         words.view(n // 64, k // 64, WORDS_PER_TILE), pairs.reshape(n // 64, groups, 64 * each).contiguous(), fmt.name
@@ -115,7 +115,7 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     for i, (row, half, parity) in enumerate(_NIBBLES):
         nibble = (words >> 4 * i & 15).to(torch.uint8)
         codes[:, :, row, :, :, :, half, :, parity] = nibble.permute(0, 2, 3, 1, 5, 4)
-    groups, each = k // fmt.group_size, 2 if fmt.has_zeros else 1
+    groups, each = k // fmt.group_size, fmt.scale_values
     scales = packed.scales.view(n // 64, groups, 4, 8, each, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, groups, each)
     if not fmt.has_zeros:
         return codes.view(n, k), scales[..., 0]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from marlin_gen.checkpoints.packing import to_packed
-from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.layout import WORDS_PER_TILE, PackedWeight, pack
 from marlin_gen.op import gemm
 from marlin_gen.problem import SIZE_UNIT, check_shape
 from marlin_gen.reference import quantize
+
+if TYPE_CHECKING:
+    from marlin_gen.checkpoints.quantized import QuantizedWeight
 
 
 class QuantLinear(nn.Module):
@@ -46,8 +47,7 @@ class QuantLinear(nn.Module):
         tiles_n, tiles_k, groups = out_features // SIZE_UNIT, in_features // SIZE_UNIT, in_features // fmt.group_size
         weight = torch.zeros(tiles_n, tiles_k, WORDS_PER_TILE, dtype=torch.int32, device=device)
         self.register_buffer("weight", weight)
-        lanes = SIZE_UNIT * (2 if fmt.has_zeros else 1)
-        scales = torch.zeros(tiles_n, groups, lanes, dtype=torch.float16, device=device)
+        scales = torch.zeros(tiles_n, groups, SIZE_UNIT * fmt.scale_values, dtype=torch.float16, device=device)
         self.register_buffer("scales", scales)
         self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
         zeros = torch.zeros(out_features, dtype=torch.float16, device=device)
@@ -70,6 +70,8 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
         """A layer of a checkpoint's weight, exactly; ValueError for a weight that no format holds."""
+        from marlin_gen.checkpoints.packing import to_packed  # brings the readers, which serving does without
+
         return cls.from_packed(to_packed(weight), bias)
 
     @classmethod

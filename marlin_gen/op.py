@@ -60,7 +60,7 @@ def check_operands(
             f" torch.int32 [n/64, k/64, {WORDS_PER_TILE}], as marlin_gen.pack returns"
         )
     n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
-    expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * (2 if fmt.has_zeros else 1)]
+    expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * fmt.scale_values]
     if scales.dtype != torch.float16 or list(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs torch.float16"

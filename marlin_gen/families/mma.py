@@ -7,11 +7,10 @@ from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.base import LaunchShape
+from marlin_gen.families.base import LaunchShape, reject_format
 from marlin_gen.formats import FORMATS, WeightFormat
 from marlin_gen.problem import Problem
 
-MMA_K = 16  # k of one multiplication
 SLICE_K = 64  # k of a packed tile
 ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
@@ -104,8 +103,8 @@ class MmaFamily:
             return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
         if not STAGES[0] <= c.num_stages <= STAGES[1]:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
-        if fmt.bits != 4 or fmt.group_size % MMA_K:
-            return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {MMA_K}"
+        if reason := reject_format(fmt):
+            return reason
         if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_zeros):
             return (
                 f"dequant=deferred corrects the sums of {SLICE_K} k at once, for all rows alike; {fmt.name} has finer"

@@ -8,14 +8,13 @@ from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.base import LaunchShape
+from marlin_gen.families.base import LaunchShape, reject_format
 from marlin_gen.formats import WeightFormat, weight_format
 from marlin_gen.problem import Problem
 
 WARPGROUP = 128  # threads
 MAX_CONSUMERS = 4  # warpgroups; more leave each too few registers
 TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # written out in ptx/wgmma.cuh
-MMA_K = 16  # k of one multiplication
 SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
 ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
 OPERANDS = ("a_map", "c_map", "weight", "scales", "partials", "locks")
@@ -74,8 +73,8 @@ class WgmmaFamily:
             return f"block_m={c.block_m} is not one of the token tiles {TOKEN_TILES}"
         if c.block_k not in (64, 128, 256):
             return f"block_k={c.block_k} is not 64, 128 or 256"
-        if fmt.bits != 4 or fmt.group_size % MMA_K:
-            return f"weight format {fmt.name} is not of 4 bits in groups of a multiple of {MMA_K}"
+        if reason := reject_format(fmt):
+            return reason
         if c.dequant != "exact":
             return "dequant=deferred needs each token's sum of activations in every warpgroup: as many wgmmas again"
         if (c.cluster_size > 1) != (c.partition == "clusterk"):

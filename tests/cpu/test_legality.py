@@ -153,3 +153,15 @@ def test_warpgroups_along_k_never_share_a_stage():
     assert reason is not None and reason.startswith("num_stages=5 is not a multiple of warps_k=2")
     even = replace(uneven, num_stages=6)
     assert FAMILIES.of(even).reject_reason(even, FORMATS["u4b8g128"], ARCHS["sm_90a"]) is None
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 48, 96])
+@pytest.mark.parametrize("family", sorted(FAMILIES.rows))
+def test_groups_that_no_kernel_decodes_are_refused(family, group_size):
+    fmt = replace(FORMATS["u4b8g32"], name="odd", group_size=group_size)
+    row, arch = FAMILIES.rows[family], ARCHS["sm_90a"]
+    for config in row.defaults(arch, FORMATS["u4b8g128"]):
+        config = replace(config, dequant="exact")
+        assert row.reject_reason(config, FORMATS["u4b8g32"], arch) is None
+        reason = row.reject_reason(config, fmt, arch)
+        assert reason == "weight format odd is not of 4 bits in groups of 32 or of a multiple of 64"

@@ -80,6 +80,7 @@ constexpr int kBarriersAt = kRankSumsAt + (kRanks > 1 ? kRowTiles * kQuads * kQu
 constexpr int kNumBarriers = 2 * kStages + (kRanks > 1 ? 2 * kRowTiles : 0);
 static_assert(kBarriersAt + kNumBarriers * 8 == Config::kSmemBytes);
 static_assert((1 + kConsumers) * kWarpgroup == Config::kThreads);
+static_assert(Config::kGroupSize % 64 == 0 || Config::kGroupSize == 32);  // a slab lies in one group, or holds two
 static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplits == 0);
 
 struct Barriers {
