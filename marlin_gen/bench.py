@@ -25,11 +25,11 @@ class BenchRow:
     us: float  # of launches one after the other
     us_low: float  # 95 % interval of the median
     us_high: float
-    chained_us: float  # of dependent launches, where the GPU can: each starts while the one before it ends
     config: str  # Plan.key
     read_floor_us: float  # a plain read of the packed bytes, launch included
     cublas_us: float  # fp16 matmul with the dense weight
     relative_error: float  # Frobenius, against the fp32 reference
+    chained_us: float  # of dependent launches, where the GPU can: each starts while the one before it ends
 
     @property
     def problem(self) -> Problem:
@@ -119,8 +119,8 @@ def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]
             continue
         yield BenchRow(
             problem.n, problem.k, problem.m, problem.weight_format, problem.act_dtype,
-            found.us, found.us_low or found.us, found.us_high or found.us, found.chained_us or found.us, plan.key,
-            baseline.read_floor_us, baseline.cublas_us, found.relative_error,
+            found.us, found.us_low or found.us, found.us_high or found.us, plan.key,
+            baseline.read_floor_us, baseline.cublas_us, found.relative_error, found.chained_us or found.us,
         )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def bench_rows(rows: Sequence[TableRow]) -> list[BenchRow]:
     return [
         BenchRow(
             r.problem.n, r.problem.k, r.problem.m, r.problem.weight_format, r.problem.act_dtype,
-            r.us, r.us_low, r.us_high, r.us, r.plan.key, r.read_floor_us, r.cublas_us, r.relative_error,
+            r.us, r.us_low, r.us_high, r.plan.key, r.read_floor_us, r.cublas_us, r.relative_error, r.us,
         )
         for r in rows
         if r.read_floor_us is not None and r.cublas_us is not None

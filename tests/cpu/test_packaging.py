@@ -111,7 +111,7 @@ def test_results_of_a_bench_name_gpu_date_and_figures(tmp_path):
     DispatchTable(gpu, (), {}, ({"date": "2025-01-02", "torch": "2.13.0"},)).write(folder)
     plan = "mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred-r1"
     write_csv(folder / "bench.csv", [
-        BenchRow(4096, 4096, m, "u4b8g128", "f16", 5.0, 4.9, 5.1, 4.5, plan, 4.0, 15.0, 2.2e-4) for m in (1, 2)
+        BenchRow(4096, 4096, m, "u4b8g128", "f16", 5.0, 4.9, 5.1, plan, 4.0, 15.0, 2.2e-4, 4.5) for m in (1, 2)
     ])  # fmt: skip
     text = tool.results(tmp_path)
     assert text.startswith("**NVIDIA H100 80GB HBM3** (2025-01-02, torch 2.13.0). n x k = 4096x4096; m = 1 to 2.")

@@ -31,7 +31,7 @@ LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 
 def bench_row(n: int, k: int, m: int, us: float = 5.0) -> BenchRow:
-    return BenchRow(n, k, m, "u4b8g128", "f16", us, 0.98 * us, 1.02 * us, 0.9 * us, PLANS[0].key, 4.0, 15.0, 2.2e-4)
+    return BenchRow(n, k, m, "u4b8g128", "f16", us, 0.98 * us, 1.02 * us, PLANS[0].key, 4.0, 15.0, 2.2e-4, 0.9 * us)
 
 
 @pytest.fixture
