@@ -143,13 +143,16 @@ class Launcher:
         kernel must not be the one that writes them.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
-        pointers = {"a": a, "c": out, "weight": weight, "scales": scales, "partials": partials, "locks": locks}
+        pointers: dict[str, Any] = {"a": a, "c": out, "weight": weight, "scales": scales, "partials": partials, "locks": locks}
         arguments: list[Any] = []
+        maps: dict[Any, Any] = {}  # A's two maps are one unless the last token tile is partial
         for operand in shape.operands:
-            if operand == "a_map":
-                arguments.append(driver.tensor_map(a.data_ptr(), problem.m, problem.k, shape.a_box))
-            elif operand == "c_map":
-                arguments.append(driver.tensor_map(out.data_ptr(), problem.m, problem.n, shape.c_box))
+            if mapped := shape.map_of(operand):
+                if mapped not in maps:
+                    matrix, box = mapped
+                    columns = problem.k if matrix == "a" else problem.n
+                    maps[mapped] = driver.tensor_map(pointers[matrix].data_ptr(), problem.m, columns, box)
+                arguments.append(maps[mapped])
             else:
                 tensor = pointers[operand]
                 arguments.append(ctypes.c_uint64(tensor.data_ptr() if tensor is not None else 0))

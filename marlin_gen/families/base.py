@@ -27,14 +27,23 @@ class LaunchShape:
     operands: tuple[str, ...]  # of OPERANDS
     scalars: tuple[int, ...]
     a_box: tuple[int, int] = (0, 0)  # (tokens, k) of one TMA box of A, if "a_map" is an operand
+    a_tail_rows: int = 0  # tokens of a box of "a_tail_map": those of the last token tile
     c_box: tuple[int, int] = (0, 0)  # (tokens, features) of one TMA box of C, if "c_map" is an operand
     partials_bytes: int = 0  # fp32 scratch for split tiles; contents need not survive or be zeroed
     num_locks: int = 0  # int32 words, zero before the launch and zero again after it
 
+    def map_of(self, operand: str) -> tuple[str, tuple[int, int]] | None:
+        """Of a tensor-map operand the matrix, "a" or "c", and the (rows, columns) of its box; None of a pointer."""
+        return {
+            "a_map": ("a", self.a_box),
+            "a_tail_map": ("a", (self.a_tail_rows, self.a_box[1])),
+            "c_map": ("c", self.c_box),
+        }.get(operand)
+
 
 # Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the others
 # device pointers.
-OPERANDS = ("a_map", "c_map", "a", "c", "weight", "scales", "partials", "locks")
+OPERANDS = ("a_map", "a_tail_map", "c_map", "a", "c", "weight", "scales", "partials", "locks")
 
 
 class KernelFamily(Protocol):

@@ -17,7 +17,7 @@ MAX_CONSUMERS = 4  # warpgroups; more leave each too few registers
 TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # written out in ptx/wgmma.cuh
 SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
 ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
-OPERANDS = ("a_map", "c_map", "weight", "scales", "partials", "locks")
+OPERANDS = ("a_map", "a_tail_map", "c_map", "weight", "scales", "partials", "locks")
 
 
 # Good without a table: winners of the H100 recording that between them cover it.
@@ -196,6 +196,7 @@ class WgmmaFamily:
             operands=OPERANDS,
             scalars=(problem.m, problem.n, problem.k, plan.raster),
             a_box=(c.block_m, SLAB_K),
+            a_tail_rows=(problem.m - 1) % c.block_m + 1,
             c_box=(c.block_m // c.cluster_size, 64),
             partials_bytes=grid * c.block_m * c.block_n * 4 if striped else 0,
             num_locks=grid * (c.block_n // 64) if striped else 0,

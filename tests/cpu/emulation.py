@@ -56,6 +56,7 @@ class _Request(ctypes.Structure):
         ("fault", ctypes.c_int),
         ("a_box", ctypes.c_int * 2),
         ("c_box", ctypes.c_int * 2),
+        ("a_tail_rows", ctypes.c_int),
         ("scalars", ctypes.c_int * 4),
         *((name, _Span) for name in ("a", "c", "weight", "scales", "partials", "locks")),
     )
@@ -118,7 +119,7 @@ class EmulatedKernel:
             shape.grid, shape.threads, shape.cluster, resident or max_clusters, shape.smem_bytes,
             self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies),
             seed % 2 if dependent is None else dependent, fault,
-            shape.a_box, shape.c_box, shape.scalars,
+            shape.a_box, shape.c_box, shape.a_tail_rows, shape.scalars,
             *map(_Span.of, (a, c, packed.weight, packed.scales, partials, locks)),
         )  # fmt: skip
         fault = self._emulate(ctypes.byref(request))

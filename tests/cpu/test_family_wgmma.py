@@ -159,8 +159,8 @@ FAULTS = (
     ),
     Fault(
         "expects too few bytes", TILES,
-        "ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes);",
-        "ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes - 16);",
+        "ptx::mbarrier_arrive_expect_tx(full, loaded_bytes);",
+        "ptx::mbarrier_arrive_expect_tx(full, loaded_bytes - 16);",
         ("deadlock",),
     ),
     Fault(

@@ -50,7 +50,7 @@ namespace ptx = marlin_gen::ptx;
 
 // The kernel's pointer arguments, by the names of LaunchShape.operands.
 struct Operands {
-  ptx::TensorMap a_map, c_map;
+  ptx::TensorMap a_map, a_tail_map, c_map;
   u16 const* a;
   u16* c;
   u8 const *weight, *scales;
@@ -65,6 +65,7 @@ char const* run(Request const& asked, Kernel kernel) {
   gridDim.x = request.grid;
   int const m = request.scalars[0], n = request.scalars[1], k = request.scalars[2];
   Operands const operands{{request.a.data, m, k, request.a_box[0], request.a_box[1]},
+                          {request.a.data, m, k, request.a_tail_rows, request.a_box[1]},
                           {request.c.data, m, n, request.c_box[0], request.c_box[1]},
                           reinterpret_cast<u16*>(request.a.data),
                           reinterpret_cast<u16*>(request.c.data),
