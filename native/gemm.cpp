@@ -19,7 +19,7 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     int32_t current = 0;
-    if (torch.aoti_torch_get_current_cuda_stream == nullptr) return;  // a CPU build, in tests
+    if (state.test_stream != nullptr) return;
     ready = torch.aoti_torch_get_current_device_index(&current) == 0 &&
             (current == device || torch.aoti_torch_create_device_guard(device, &guard_) == 0);
   }
@@ -35,8 +35,8 @@ class DeviceGuard {
 };
 
 bool current_stream(int device, cuda::Stream& stream) {
-  stream = state.test_stream;
-  return torch.aoti_torch_get_current_cuda_stream == nullptr || torch.aoti_torch_get_current_cuda_stream(device, &stream) == 0;
+  if (state.test_stream != nullptr) return stream = state.test_stream, true;
+  return torch.aoti_torch_get_current_cuda_stream != nullptr && torch.aoti_torch_get_current_cuda_stream(device, &stream) == 0;
 }
 
 // A kernel's arguments in their order: tensor maps and pointers by value, then int32 scalars and `dependent` = 0.

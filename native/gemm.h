@@ -23,7 +23,7 @@ struct State {
   Format formats[kMaxFormats];  // group_size 0: not known. Written before the op is implemented, constant afterwards
   std::atomic<uint64_t> launches{0};
   std::atomic<bool> forked{false};  // in a child of a process that had launched: no CUDA call may be made
-  cuda::Stream test_stream = nullptr;  // where torch has no CUDA: the stream that tests pretend to be on
+  cuda::Stream test_stream = nullptr;  // tests on CPU tensors pretend to be on it, and torch is not asked
 };
 
 extern State state;

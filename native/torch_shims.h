@@ -48,7 +48,7 @@ struct Torch {
   MARLIN_GEN_TORCH_SHIMS(MARLIN_GEN_FIELD)
 #undef MARLIN_GEN_FIELD
 
-  // Of libtorch_cuda: null in a CPU build of torch, where only tests call the library, on the null stream.
+  // Of libtorch_cuda: null in a CPU build of torch, where only tests call the library.
   AOTITorchError (*aoti_torch_get_current_cuda_stream)(int32_t, void**);
 };
 

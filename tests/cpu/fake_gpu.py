@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,9 @@ class FakeGpu:
         self.library.fake_set_context.argtypes = (ctypes.c_void_p,)
         self.library.fake_launch.restype = ctypes.POINTER(Launch)
 
-    def function(self, sizes: list[int]) -> int:
+    @cache
+    def function(self, *sizes: int) -> int:
+        """A kernel whose arguments have these sizes."""
         return self.library.fake_function(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     def announce(self, family: str, sizes: list[int]) -> None:

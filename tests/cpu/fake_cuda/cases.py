@@ -98,7 +98,7 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         if strided and "a" in shape.operands:
             continue
         kernel = Kernel(
-            spec, driver.Function(GPU.function(fake_gpu.argument_sizes(shape)), None), 132 // plan.config.cluster_size
+            spec, driver.Function(GPU.function(*fake_gpu.argument_sizes(shape)), None), 132 // plan.config.cluster_size
         )
         a = activations(problem.m, problem.k + 8 * strided)[:, : problem.k]
         w = packed(problem.n, problem.k, problem.weight_format)

@@ -130,7 +130,7 @@ EXPORT int cuLaunchKernelEx(const struct Config* config, struct Function* functi
 }
 
 EXPORT int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t flags, int* status) {
-  *found = dlsym(RTLD_DEFAULT, name);
+  *found = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), name);
   Dl_info here, there;
   // Only what is defined here: another library's function of that name is not ours.
   if (*found != NULL && !(dladdr((void*)cuInit, &here) && dladdr(*found, &there) && here.dli_fbase == there.dli_fbase)) *found = NULL;
