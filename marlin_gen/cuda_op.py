@@ -1,8 +1,8 @@
 """The op on a CUDA device, in Python: the whole of it, and what the native launcher leaves to it.
 
 ``marlin_gen::gemm_no_grad`` is the native op and takes the weight format as a number; where it cannot go on it calls
-``marlin_gen::gemm_slow``, which is here. An exception must not travel through C++: it waits in ``_ERRORS``, its text goes
-back as a tensor, the native op fails with that text, and ``raised`` finds the exception itself.
+``marlin_gen::gemm_slow``, which is here. An exception must not travel through C++: it waits in ``_ERRORS``, its text
+goes back as a tensor, the native op fails with that text, and ``raised`` finds the exception itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def direct() -> Any:
     if found is None:
         return None
     found.implement("gemm_no_grad", "CUDA")
-    return torch.ops.marlin_gen.gemm_no_grad.default
+    overload = torch.ops.marlin_gen.gemm_no_grad.default
+    return getattr(overload, "_op", overload)  # all that the overload's __call__ does, 150 ns sooner
 
 
 def gemm(

@@ -1,8 +1,9 @@
 """The native launcher, as Python sees it: load the library, tell it of formats, steps and locks.
 
-``native/*.cpp`` looks a problem up, checks operands, allocates, makes tensor maps and launches, without the GIL. What it
-does not know it hands to ``marlin_gen::gemm_slow``, which is ``op.py``'s; that tells it how to launch such a problem next
-time (``Native.put_step``). Without a C++ compiler, or with MARLIN_GEN_LAUNCHER=python, all of it is done in Python.
+``native/*.cpp`` looks a problem up, checks operands, allocates, makes tensor maps and launches, without the GIL. What
+it does not know it hands to ``marlin_gen::gemm_slow``, which is ``cuda_op.py``'s; that tells it how to launch such a
+problem next time (``Native.put_step``). Without a C++ compiler, with MARLIN_GEN_LAUNCHER=python, and when launches are
+dependent (a weight may be read early once it has settled, which Python knows: settled.py), all of it is done in Python.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def library() -> Native | None:
 @cache
 def _library() -> Native | None:
     wanted = env.launcher()
-    if wanted == "python" or env.dependent_launches():  # when a weight may be read early, Python knows (settled.py)
+    if wanted == "python" or env.dependent_launches():
         return None
     reasons = []
     for find in (*((lambda path=path: path) for path in native_build.candidates()), native_build.build_cached):

@@ -56,7 +56,6 @@ class Server:
         self._can_compile = True
         self._pid = os.getpid()
         self._native: native.Native | None = None
-        self._in_native: set[Key] = set()
         self._lock = threading.Lock()
 
     @classmethod
@@ -113,15 +112,13 @@ class Server:
                 _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
                 self._failed.add((key, step.choice.plan))
                 self._steps.pop(key, None)
-                self._forget_native()
+                self.forget_native()
                 continue
             if self._native and not self.launcher.can_depend:
-                self._tell_native(self._native, key, step.problem, step.choice.plan, step.kernel)
+                self._tell_native(self._native, step.problem, step.choice.plan, step.kernel)
             return
 
-    def _tell_native(
-        self, launcher: native.Native, key: Key, problem: Problem, plan: Plan, kernel: Kernel
-    ) -> None:
+    def _tell_native(self, launcher: native.Native, problem: Problem, plan: Plan, kernel: Kernel) -> None:
         """This problem's launch, and the current stream's locks where it needs them."""
         shape, _ = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
         if shape.num_locks:
@@ -129,14 +126,12 @@ class Server:
             locks = self.launcher.workspace.shared_locks(stream)
             if locks is not None:  # else it is being captured
                 launcher.put_locks(self.device_index, stream, locks.data_ptr(), locks.numel())
-        if key not in self._in_native:
-            launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape)
-            self._in_native.add(key)
+        launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape)
 
-    def _forget_native(self) -> None:
+    def forget_native(self) -> None:
+        """Let every problem's next call come by here."""
         if self._native:
             self._native.clear_steps(self.device_index)
-        self._in_native.clear()
 
     def choice(self, problem: Problem) -> Choice | None:
         """What serves ``problem``, for people and tests; None: dequantise and call cuBLAS."""
@@ -151,7 +146,7 @@ class Server:
         with self._lock:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-                self._forget_native()
+                self.forget_native()
             step = self._steps[key] = self._first_that_loads(key)
         return step
 

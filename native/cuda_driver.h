@@ -12,8 +12,8 @@ using Context = void*;
 using Function = void*;
 using Stream = void*;
 
-// CUtensorMap: opaque, and read by the GPU from the kernel's arguments.
-struct alignas(64) TensorMap {
+// CUtensorMap: opaque, and read by the GPU from the kernel's arguments. Aligned to 64 bytes in CUDA 12, to 128 in 13.
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 

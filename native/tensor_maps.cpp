@@ -4,7 +4,7 @@ namespace marlin_gen {
 
 namespace {
 
-constexpr size_t kSlots = 256;  // 44 KiB a thread: a model's activations at a few token counts
+constexpr size_t kSlots = 256;  // 64 KiB a thread: a model's activations at a few token counts
 
 struct Slot {
   cuda::TensorMap map;

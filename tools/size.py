@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 12500  # lines of everything but tests; 11000 until the importers of checkpoints came
+BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250, ".cpp": 250, ".h": 250}  # lines a file
+TOTAL = 14000  # lines of everything but tests; 11000 until checkpoints were read, 12500 until C++ launched
 
 
 def tracked() -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,16 +43,18 @@ class FakeGpu:
     """The recorder, in the process that it is loaded into."""
 
     def __init__(self, path: Path) -> None:
+        self._functions: dict[tuple[int, ...], int] = {}
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # found from now on as libcuda.so.1
         self.library.fake_function.restype = ctypes.c_void_p
         self.library.fake_context.restype = ctypes.c_void_p
         self.library.fake_set_context.argtypes = (ctypes.c_void_p,)
         self.library.fake_launch.restype = ctypes.POINTER(Launch)
 
-    @cache
     def function(self, *sizes: int) -> int:
         """A kernel whose arguments have these sizes."""
-        return self.library.fake_function(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+        if sizes not in self._functions:
+            self._functions[sizes] = self.library.fake_function(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+        return self._functions[sizes]
 
     def announce(self, family: str, sizes: list[int]) -> None:
         """The argument sizes of the kernels that are loaded from now on."""

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import fake_gpu
-import pytest
-
-from marlin_gen import native_build
 
 HERE = Path(__file__).parent
 
@@ -21,8 +18,9 @@ def test_cases_on_a_driver_that_records(tmp_path):
     """fake_cuda/cases.py, each of its tests by name in the output when one fails."""
     fake_gpu.build(tmp_path)
     shutil.copy(HERE / "fake_cuda" / "cases.py", tmp_path / "test_cases.py")
-    environment = os.environ | {"MARLIN_GEN_LAUNCHER": "native", "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+    path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"MARLIN_GEN_LAUNCHER": "native", "PYTHONPATH": path}
     environment.pop("MARLIN_GEN_DEPENDENT", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ".", "test_cases.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -9,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import fake_gpu
 import pytest
+from fake_gpu import needs_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +55,29 @@ def test_an_unpacked_wheel_finds_its_own_templates(wheel, tmp_path):
     code = "from marlin_gen import env; print(env.templates_dir()); print(env.tuned_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path / "marlin_gen" / name) for name in ("_templates", "_tuned")]
+
+
+@needs_compiler
+def test_the_wheel_brings_the_launcher_built_and_its_sources(wheel):
+    names = set(wheel.namelist())
+    assert {f"marlin_gen/_native/{Path(name).name}" for name in committed("native")} <= names
+    assert "marlin_gen/_native/libmarlin_gen.so" in names
+    assert re.fullmatch(r".*-py3-none-linux_\w+\.whl", wheel.filename), "of every Python, of this platform"
+
+
+@needs_compiler
+def test_an_unpacked_wheel_launches_natively_without_a_compiler(wheel, tmp_path):
+    """On a driver that only records: the library is the wheel's, and nothing is built."""
+    wheel.extractall(tmp_path)
+    fake_gpu.build(tmp_path)
+    code = "import torch; from marlin_gen import native; print(native.library().path)"
+    cache = tmp_path / "cache"
+    environment = {"PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "MARLIN_GEN_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "marlin_gen" / "_native" / "libmarlin_gen.so")
+    assert not cache.exists()
 
 
 def test_without_the_tune_extra_the_command_says_how_to_get_it():

@@ -1,4 +1,4 @@
-"""The native launcher beside the Python one, on CPU tensors and a driver that records. test_native.py runs this file."""
+"""The native launcher beside the Python one: CPU tensors, a driver that records. test_native.py runs this file."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class TestStriped:
         )
 
     def test_locks_are_of_the_stream(self, striped, launcher_and_library, monkeypatch):
-        (server, shape), (launcher, library, _), w, a = striped, launcher_and_library, packed(), activations(64, K)
+        (_, shape), (launcher, library, _), w, a = striped, launcher_and_library, packed(), activations(64, K)
         seen = {}
         for stream in (0x77, 0x88):
             monkeypatch.setattr(torch.cuda, "current_stream", lambda d=None, s=stream: SimpleNamespace(cuda_stream=s))
