@@ -72,7 +72,7 @@ def serve(
     weight_format: str, layout_version: int,
 ) -> torch.Tensor:  # fmt: skip
     """Check, choose a kernel and launch it, all from Python."""
-    n, k = check_operands(a, weight, scales, weight_format, layout_version, bias)
+    n, k = check_operands(a, weight, scales, bias, weight_format, layout_version)
     server = Server.of(a.device)
     out = torch.empty((*a.shape[:-1], n), dtype=a.dtype, device=a.device)
     if out.numel():
@@ -82,7 +82,7 @@ def serve(
             )
         if bias is not None and (bias.data_ptr() % ALIGNMENT or not bias.is_contiguous()):
             bias = bias.clone(memory_format=torch.contiguous_format)
-        server.gemm(rows(a, k), weight, scales, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype], bias)
+        server.gemm(rows(a, k), weight, scales, bias, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
     return out
 
 

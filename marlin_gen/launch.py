@@ -135,7 +135,7 @@ class Launcher:
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """``out [m, n] = a [m, k] @ B^T + bias`` on the current stream; tensors contiguous, 16-byte aligned, on it.
+        """``out [m, n] = a [m, k] @ B^T + bias [n]`` on the current stream; tensors contiguous, 16-byte aligned, on it.
 
         The rows of ``a`` may be apart by more than k elements, in units of 8: a kernel that cannot read them so gets a
         copy. The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
@@ -146,13 +146,13 @@ class Launcher:
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
         dependent = self.can_depend and self._settled(weight, scales)
-        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias=bias, dependent=dependent)
+        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias, dependent=dependent)
 
     def run_with(
         self, kernel: Kernel, plan: Plan, problem: Problem,
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
-        partials: torch.Tensor | None, locks: torch.Tensor | None, *,
-        bias: torch.Tensor | None = None, dependent: bool = False,
+        partials: torch.Tensor | None, locks: torch.Tensor | None, bias: torch.Tensor | None = None, *,
+        dependent: bool = False,
     ) -> None:  # fmt: skip
         """``run`` with the caller's workspace: at least the launch shape's sizes, locks zero.
 
@@ -160,10 +160,13 @@ class Launcher:
         kernel must not be the one that writes them.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
+        if bias is not None and "bias" not in shape.operands:
+            raise LaunchError(f"{kernel.spec.key} takes no bias")
         if "a" in shape.operands:
             a = a.contiguous()
-        pointers = {
-            "a": a, "c": out, "weight": weight, "scales": scales, "bias": bias, "partials": partials, "locks": locks,
+        pointers: dict[str, Any] = {
+            "a": a, "c": out, "weight": weight, "scales": scales, "bias": bias,
+            "partials": partials, "locks": locks,
         }  # fmt: skip
         arguments: list[Any] = []
         maps: dict[Any, Any] = {}  # A's two maps are one unless the last token tile is partial
@@ -181,5 +184,3 @@ class Launcher:
         arguments.extend(map(ctypes.c_int32, (*shape.scalars, dependent)))
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
         driver.launch(kernel.function, configs[dependent], arguments, stream)
-        if bias is not None and "bias" not in shape.operands:
-            out += bias

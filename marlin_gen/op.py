@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight
 
 ACT_DTYPES = {getattr(torch, row.torch_name): name for name, row in DTYPES.items()}
-WORDS_PER_TILE = SIZE_UNIT * SIZE_UNIT // 8
 ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 
 # Held for the life of the process: dropping a Library unregisters its operators.
@@ -40,9 +39,10 @@ _direct: Any = None  # cuda_op.direct(), as soon as an op has run on CUDA
 
 
 def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``a [..., k] @ B^T + bias [n]`` with the packed weight B (n, k): a's dtype [..., n], contiguous, on its stream.
+    """``a [..., k] @ B^T + bias`` with the packed weight B (n, k): [..., n], contiguous, on the current stream.
 
-    On CUDA a kernel measured for this GPU, shape and number of tokens runs; on the CPU the dequantised reference.
+    a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
+    this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
     """
     scales = packed.scales
@@ -75,9 +75,9 @@ def check_operands(
     a: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
+    bias: torch.Tensor | None,
     weight_format: str,
     layout_version: int,
-    bias: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
@@ -88,18 +88,28 @@ def check_operands(
         )
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
-        raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it with a.half()")
-    if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != WORDS_PER_TILE:
+        raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it, for instance with a.half()")
+    words = SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
+    if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != words:
         raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}; the packed layout is"
-            f" torch.int32 [n/64, k/64, {WORDS_PER_TILE}], as marlin_gen.pack returns"
+            f"weight is {weight.dtype} {list(weight.shape)}; the packed layout of {fmt.name} is"
+            f" torch.int32 [n/64, k/64, {words}], as marlin_gen.pack returns"
         )
     n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
     expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * fmt.scale_values]
-    if scales.dtype != torch.float16 or list(scales.shape) != expected:
+    if scales.dtype not in ACT_DTYPES or list(scales.shape) != expected:
         raise ValueError(
-            f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs torch.float16"
+            f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs {a.dtype}"
             f" {expected}, as marlin_gen.pack returns"
+        )
+    if scales.dtype != a.dtype:
+        raise TypeError(
+            f"a is {a.dtype} and the weight was packed for {scales.dtype}; convert a, or pack the weight with"
+            f" {a.dtype} scales"
+        )
+    if bias is not None and (bias.dtype != a.dtype or list(bias.shape) != [n] or bias.device != a.device):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {a.dtype} [{n}] on {a.device}"
         )
     if a.ndim == 0 or a.shape[-1] != k:
         raise ValueError(f"a has shape {list(a.shape)}; its last dimension must be k={k}, the weight's in-features")
@@ -111,10 +121,6 @@ def check_operands(
     if not (weight.is_contiguous() and scales.is_contiguous()):
         raise ValueError(
             "weight and scales must be contiguous, as marlin_gen.pack returns them; call .contiguous() once"
-        )
-    if bias is not None and (bias.dtype != a.dtype or list(bias.shape) != [n] or bias.device != a.device):
-        raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {a.dtype} [{n}] on {a.device}"
         )
     return n, k
 
@@ -153,10 +159,9 @@ def _cpu(
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
 
-    check_operands(a, weight, scales, weight_format, layout_version, bias)
+    check_operands(a, weight, scales, bias, weight_format, layout_version)
     codes, row_scales = unpack(PackedWeight(weight, scales, weight_format, layout_version))
-    c = gemm_reference(a, codes, row_scales, weight_format)
-    return (c if bias is None else c + bias).to(a.dtype)
+    return gemm_reference(a, codes, row_scales, weight_format, bias).to(a.dtype)
 
 
 def _fake(
@@ -167,7 +172,7 @@ def _fake(
     weight_format: str = "u4b8g128",
     layout_version: int = 1,
 ) -> torch.Tensor:
-    n, _ = check_operands(a, weight, scales, weight_format, layout_version, bias)
+    n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))
 
 
@@ -183,7 +188,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """grad of ``a`` and ``bias``: the weight is a constant, as for LoRA on a quantised base."""
+    """grads of ``a`` and ``bias``: the weight is a constant, as for LoRA on a quantised base."""
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import dequantize
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from marlin_gen.arch import Arch, Gpu
@@ -68,7 +68,7 @@ class KernelFamily(Protocol):
         """A good plan without a table."""
         ...
 
-    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return: they are seeds of a search and ship prebuilt."""
         ...
 
@@ -95,11 +95,23 @@ class KernelFamily(Protocol):
         ...
 
 
+def fitted(
+    family: KernelFamily, configs: Iterable[KernelConfig], fmt: WeightFormat, arch: Arch
+) -> tuple[KernelConfig, ...]:
+    """The configs with as many stages as are legal for a format, up to their own; those that never are, are left out."""
+    found = []
+    for config in configs:
+        fewer = (replace(config, num_stages=stages) for stages in range(config.num_stages, 1, -1))
+        if legal := next((c for c in fewer if family.reject_reason(c, fmt, arch) is None), None):
+            found.append(legal)
+    return tuple(dict.fromkeys(found))
+
+
 def reject_format(fmt: WeightFormat) -> str | None:
     """Why no family decodes this format, as a sentence; None when they do."""
     # A packed word quad is 64 k: it lies in one group, or holds two.
-    if fmt.bits != 4 or (fmt.group_size % 64 and fmt.group_size != 32):
-        return f"weight format {fmt.name} is not of 4 bits in groups of 32 or of a multiple of 64"
+    if fmt.group_size % 64 and fmt.group_size != 32:
+        return f"weight format {fmt.name} is not in groups of 32 or of a multiple of 64"
     return None
 
 

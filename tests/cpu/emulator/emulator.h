@@ -32,6 +32,13 @@ inline int __shfl_sync(unsigned, int value, int source) {
   return mine.result;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+#include <marlin_gen/ptx/bfloat.cuh>
 #include <marlin_gen/ptx/cluster.cuh>
 #include <marlin_gen/ptx/cp_async.cuh>
 #include <marlin_gen/ptx/global.cuh>
@@ -54,6 +61,7 @@ struct Operands {
   u16 const* a;
   u16* c;
   u8 const *weight, *scales;
+  u16 const* bias;
   f32x4* partials;
   int* locks;
 };
@@ -71,6 +79,7 @@ char const* run(Request const& asked, Kernel kernel) {
                           reinterpret_cast<u16*>(request.c.data),
                           request.weight.data,
                           request.scales.data,
+                          reinterpret_cast<u16 const*>(request.bias.data),
                           reinterpret_cast<f32x4*>(request.partials.data),
                           reinterpret_cast<int*>(request.locks.data)};
   run_grid([&] { kernel(operands); });

@@ -80,7 +80,7 @@ def all_launches() -> list[tuple[Plan, Problem]]:
         for fmt in FORMATS.values():
             for config in family.defaults(ARCHS["sm_90a"], fmt):
                 for m in (1, config.block_m, 3 * config.block_m + 5):
-                    problem = Problem(1024, 2048, m, fmt.name)
+                    problem = Problem(1024, 2048, m, fmt.name, "bf16" if fmt.group_size == 64 else "f16")
                     if family.reject_problem(config, problem) is None:
                         found.append((Plan(config, family.rasters(config, problem)[0]), problem))
     return found
@@ -88,7 +88,8 @@ def all_launches() -> list[tuple[Plan, Problem]]:
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, strided):
-    """Every default plan of every family and format, full and partial token tiles, rows side by side or apart."""
+    """Every default plan of every family and format, full and partial token tiles, rows side by side or apart; in bf16
+    and with a bias here and there."""
     launcher, library, _ = launcher_and_library
     cases = all_launches()
     assert {plan.config.partition for plan, _ in cases} >= {"tiles", "clusterk", "striped"}
@@ -100,14 +101,17 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         kernel = Kernel(
             spec, driver.Function(GPU.function(*fake_gpu.argument_sizes(shape)), None), 132 // plan.config.cluster_size
         )
-        a = activations(problem.m, problem.k + 8 * strided)[:, : problem.k]
+        dtype = torch.bfloat16 if problem.act_dtype == "bf16" else torch.float16
+        a = torch.zeros(problem.m, problem.k + 8 * strided, dtype=dtype)[:, : problem.k]
         w = packed(problem.n, problem.k, problem.weight_format)
+        w = replace(w, scales=w.scales.to(dtype))
+        bias = torch.zeros(problem.n, dtype=dtype) if problem.m % 2 else None
         locks = torch.zeros(max(shape.num_locks, 1), dtype=torch.int32)
         library.put_locks(0, fake_gpu.STREAM, locks.data_ptr(), locks.numel())
         library.put_step(problem, 0, kernel.function.handle, shape)
         before = library.launches()
         code = native.FORMAT_CODES[problem.weight_format]
-        c = torch.ops.marlin_gen.gemm_no_grad(a, w.weight, w.scales, None, code)
+        c = torch.ops.marlin_gen.gemm_no_grad(a, w.weight, w.scales, bias, code)
         assert library.launches() == before + 1, "the native launcher ran"
         ours = GPU.latest()
         found = fake_gpu.split(ours, shape)
@@ -116,6 +120,7 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         launcher.run_with(
             kernel, plan, problem, a, w.weight, w.scales, c,
             SimpleNamespace(data_ptr=lambda partials=partials: partials), locks if shape.num_locks else None,
+            bias,
         )  # fmt: skip
         theirs = GPU.latest()
         assert found == fake_gpu.split(theirs, shape), plan.key
@@ -185,12 +190,18 @@ def test_rows_apart_are_copied_for_a_kernel_that_wants_them_side_by_side(server,
     assert library.launches() == before and pointer != a.data_ptr()
 
 
-def test_a_bias_the_kernel_has_no_operand_for_is_added_after_it(server, launcher_and_library):
-    """(Nothing is computed here: the output is filled beforehand, as the allocator pleases.)"""
+def test_a_bias_is_a_pointer_and_none_is_null(server, launcher_and_library):
     library, w, bias = launcher_and_library[1], packed(), activations(N)
-    call(activations(64, K), w)
-    before = library.launches()
-    assert call(activations(64, K), w, bias).shape == (64, N) and library.launches() == before
+    for m in (2, 64):
+        call(activations(m, K), w)
+        before = library.launches()
+        for given, expected in ((bias, bias.data_ptr()), (None, 0)):
+            call(activations(m, K), w, given)
+            found = fake_gpu.split(GPU.latest(), shape_of(server, m))["bias"]
+            assert int.from_bytes(found, "little") == expected
+        assert library.launches() == before + 2
+        call(activations(m, K), w, activations(N + 1)[1:])  # misaligned: Python makes a copy
+        assert library.launches() == before + 2
 
 
 def test_errors_of_the_native_op_are_pythons_own(server):
