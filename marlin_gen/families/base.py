@@ -98,7 +98,7 @@ class KernelFamily(Protocol):
 def fitted(
     family: KernelFamily, configs: Iterable[KernelConfig], fmt: WeightFormat, arch: Arch
 ) -> tuple[KernelConfig, ...]:
-    """The configs with as many stages as are legal for a format, up to their own; those that never are, are left out."""
+    """The configs with as many stages as a format allows, up to their own; those that it never allows are left out."""
     found = []
     for config in configs:
         fewer = (replace(config, num_stages=stages) for stages in range(config.num_stages, 1, -1))

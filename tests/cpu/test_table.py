@@ -86,7 +86,7 @@ def test_a_file_that_is_no_table_is_a_miss(written, text):
 
 
 HEADS = {
-    "schema": (lambda d: d.update(schema=99), "schema=99 is not 1; it was written by another version"),
+    "schema": (lambda d: d.update(schema=99), "schema=99 is not 2; it was written by another version"),
     "layout": (lambda d: d.update(layout_version=2), "layout_version=2 is not 1"),
     "gpu field": (lambda d: d["gpu"].pop("num_sms"), "not used"),
     "unknown gpu field": (lambda d: d["gpu"].update(colour="red"), "not used"),
