@@ -125,9 +125,9 @@ def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]
 
 
 def write_csv(path: Path, rows: Iterable[BenchRow]) -> None:
-    """Write the rows sorted by shape and m; the file appears whole or not at all."""
+    """Write the rows sorted by shape, m and formats; the file appears whole or not at all."""
     # Four significant digits are below the spread of any of these times, and keep the diff of two runs readable.
-    csv_rows.write(path, BenchRow, sorted(rows, key=lambda r: (r.n, r.k, r.m)), digits=4)
+    csv_rows.write(path, BenchRow, sorted(rows, key=lambda r: r.problem), digits=4)
 
 
 def read_csv(path: Path) -> list[BenchRow]:

@@ -66,9 +66,10 @@ class Recording:
     batches: list[list[Proposal]] = field(default_factory=list)
     done: dict[KernelConfig, str] = field(default_factory=dict)  # config -> status
 
-    def configs(self) -> list[KernelConfig]:
-        """Every config that was tried, in order of first trial."""
-        return list(dict.fromkeys(m.plan.config for m in self.measurements))
+    def configs(self, kind: tuple[str, str] | None = None) -> list[KernelConfig]:
+        """Every config that was tried (``kind``: for this weight format and activation type), by first trial."""
+        rows = (m for m in self.measurements if kind in (None, (m.problem.weight_format, m.problem.act_dtype)))
+        return list(dict.fromkeys(m.plan.config for m in rows))
 
     def problems(self) -> list[Problem]:
         return sorted({m.problem for m in self.measurements})
