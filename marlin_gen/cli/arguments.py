@@ -142,6 +142,14 @@ def seconds(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
+def percent(option: str, text: str) -> float:
+    """``3%`` or ``3`` to 0.03."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", text)
+    if not found or float(found[1]) > 100:
+        raise ValueError(f"{option} {text!r} is not a percentage of 0 to 100; examples: 3%, 0.5%")
+    return float(found[1]) / 100
+
+
 def spec(text: str, arch: str) -> KernelSpec:
     """A spec key as it is; a config or plan key with the default format and activation type, for ``arch``."""
     if re.search(r"-sm_\d+a?$", text):
