@@ -109,7 +109,11 @@ def _checked(entries: Sequence[zipfile.ZipInfo], path: Path) -> Sequence[zipfile
         raise ValueError(f"{path} holds {len(entries)} files, {MAX_FILES} at most are read")
     seen: set[str] = set()
     for entry in entries:
-        if not _NAME.fullmatch(entry.filename) or entry.filename in seen:
-            raise ValueError(f"{path}: {entry.filename!r:.200} is not a file of a table, or is there twice; not read")
+        # zipfile ends a name at a NUL; the original still has it.
+        if not _NAME.fullmatch(entry.orig_filename) or entry.filename in seen:
+            said = f"{entry.orig_filename!r:.200} is not a file of a table, or is there twice"
+            raise ValueError(f"{path}: {said}; nothing was read")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path}: {entry.filename} is compressed in a way that export does not use; copy it again")
         seen.add(entry.filename)
     return entries

@@ -5,11 +5,15 @@ What comes from outside may be anything: a reader here never waits on a pipe, no
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import gzip
+import io
 import os
 import stat
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +31,21 @@ def read(path: Path, limit: int) -> bytes:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} is larger than {limit} bytes")
+    return content
+
+
+def read_unpacked(path: Path, limit: int) -> bytes:
+    """``read``, decompressed if it is a gzip file; a ValueError too when that is damaged, or unpacks to more."""
+    raw = read(path, limit)
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            content = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot unpack {path}: {error}") from error
+    if len(content) > limit:
+        raise ValueError(f"{path} unpacks to more than {limit} bytes")
     return content
 
 
@@ -78,3 +97,22 @@ def _acquire(handle: int, path: Path, kind: int, seconds: float) -> None:
                     f"{path} has been held by another process for {seconds:.0f} s; wait for it, or end it"
                 ) from None
             time.sleep(0.02)
+
+
+class naming:
+    """Turns a full disk into an error that names the file and says that what was written is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"cannot write (disk or quota full: {os.strerror(error.errno)}); all earlier measurements are kept:"
+                " free some space and run the same command again",
+                str(self.path),
+            ) from error

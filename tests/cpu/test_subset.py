@@ -147,7 +147,7 @@ def test_without_trials_each_row_has_its_own_and_the_default(tmp_path):
     made = tables.table(tmp_path, [row(4096, 4096, 1, A, us=10.0, default=B), row(4096, 4096, 16, B, us=20.0)])
     options = subset.options_of(made, [], set(made.kernels))
     assert {k: o.regret for k, o in options[ONE].items()} == {key(A): 0.0, key(B): pytest.approx(0.1)}
-    assert subset.select(options, 0.1).kernels == (key(B),)
+    assert subset.select(options, 0.11).kernels == (key(B),)
 
 
 def test_a_row_without_an_intact_kernel_is_named(tmp_path):
