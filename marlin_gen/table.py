@@ -12,6 +12,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from marlin_gen.table_row import KernelFile, TableRow
 __all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "parse", "publish"]
 
 
+READ_SECONDS = 2.0  # that serving waits for a writer, at most, and only to judge a kernel that looks damaged
 PREFERENCES = ("newer", "older", "faster")  # whose row of a problem a merge keeps
 
 
@@ -105,7 +107,7 @@ class DispatchTable:
             return path
         # Another process may have written since: its build of the same kernel serves as well, and where it dropped the
         # kernel nothing is broken. Under the lock, not between its cubins and its table.
-        with whole_files.locked(self.folder, shared=True):
+        with suppress(OSError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
             now = _kernels_now(self.folder)
             if now is not None and now.get(key) != kernel:
                 return path if key in now and _fault(path, now[key]) is None else None
@@ -187,6 +189,7 @@ def publish(
             )
         if old is None and (folder / FILE_NAME).exists():
             os.replace(folder / FILE_NAME, folder / f"{FILE_NAME}.unused")
+        _sweep(folder)
         sources = [table.folder] if table.folder else []
         if old:
             intact = {k: v for k, v in old.kernels.items() if _fault(folder / v.file, v) is None}
@@ -205,6 +208,12 @@ def parse(data: Any, folder: Path | None = None) -> tuple[DispatchTable | None, 
 
 def _of(found: Parsed, folder: Path | None) -> DispatchTable:
     return DispatchTable(found.gpu, _sorted(found.rows), found.kernels, tuple(found.runs), found.protocol, folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a writer that was killed left half written. Under the lock: there is no other writer now."""
+    for left_over in (*folder.glob(f".{FILE_NAME}.*"), *(folder / "kernels").glob(".*.cubin.*")):
+        left_over.unlink(missing_ok=True)
 
 
 def _fault(path: Path, kernel: KernelFile) -> str | None:

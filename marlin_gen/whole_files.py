@@ -51,7 +51,7 @@ def read_unpacked(path: Path, limit: int) -> bytes:
 
 def write(path: Path, content: bytes) -> None:
     """Write a whole file or none: a full disk, or a kill, leaves what was there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 
 import pytest
 
 from marlin_gen.arch import Gpu
-from marlin_gen.cli import arguments
+from marlin_gen.bench import read_csv
+from marlin_gen.cli import arguments, gpus
 from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.root import main
 from marlin_gen.config import Plan
@@ -18,7 +20,7 @@ from marlin_gen.formats import DTYPES, FORMATS, weight_format
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, pack
-from marlin_gen.replay import FILE_NAME, find_recording, recording_name
+from marlin_gen.replay import FILE_NAME, ReplayMeasurer, find_recording, recording_name
 from marlin_gen.space import ConfigSpace
 from marlin_gen.table import DispatchTable
 
@@ -132,3 +134,20 @@ def test_a_recording_without_the_format_says_what_it_has(recording, capsys):
     words = ["tune", "--shapes", "4096x4096", "--tokens", "1", "--format", "u4b8g32"]
     assert main([*words, "--device", f"replay:{recording}"]) == 2
     assert "nothing of u4b8g32 f16; it has u4b8g128 f16, u4zg64 f16" in capsys.readouterr().err
+
+
+def test_a_bench_of_two_formats_is_a_file_for_each(recording, home, capsys, monkeypatch):
+    """Reports read bench.csv, which holds the default formats alone."""
+    words = ["--shapes", "4096x4096", "--tokens", "1,16", "--format", "u4b8g128,u4zg64"]
+    assert main(["tune", *words, "--device", f"replay:{recording}", "--out", str(home / "out")]) == 0
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "out"))
+    monkeypatch.setattr(gpus, "require_gpu", lambda device, why: H100)
+    monkeypatch.setattr(gpus, "measurer", lambda device: nullcontext(ReplayMeasurer(find_recording(str(recording)))))
+    assert main(["bench", *words]) == 0
+    shown = capsys.readouterr()
+    folder = home / "out" / H100.slug
+    for kind, name in zip(KINDS, ("bench.csv", "bench-u4zg64-f16.csv"), strict=True):
+        assert {Kind.of(r.problem) for r in read_csv(folder / name)} == {kind} and name in shown.err
+    assert "HBM3, u4zg64 f16" in shown.out
+    assert main(["bench", *words, "--csv", str(home / "all.csv")]) == 0
+    assert [r.weight_format for r in read_csv(home / "all.csv")] == ["u4b8g128", "u4zg64"] * 2

@@ -404,6 +404,33 @@ def test_processes_that_tune_import_and_load_at_once_lose_nothing(tmp_path):
     assert found.intact() == found
 
 
+def _publish_for_ever(folder: Path, scratch: Path) -> None:
+    for i in range(1_000_000):
+        plan = mma(block_n=16 * (1 + i % 5))
+        made = [tables.artifact(scratch / f"{i % 5}", plan)]
+        publish(folder, DispatchTable.build(H100, [row(64 * (1 + i % 50), 4096, 1, plan)], made, {"i": i % 5}), made)
+
+
+def test_a_writer_that_is_killed_leaves_the_old_table_or_the_new_one(tmp_path):
+    folder = tables.table(tmp_path, ROWS).folder
+    generator = random.Random(0)
+    interrupted = 0
+    for _ in range(12):
+        writer = get_context("fork").Process(target=_publish_for_ever, args=(folder, tmp_path / "scratch"))
+        writer.start()
+        time.sleep(0.05 + generator.random() * 0.05)
+        writer.kill()
+        writer.join()
+        interrupted += bool([path for path in folder.rglob(".*") if path.name != whole_files.LOCK_FILE])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = DispatchTable.load(folder)
+            assert found.intact() == found and {r.problem for r in ROWS} <= {r.problem for r in found.rows}
+    assert interrupted, "no kill came in the middle of a write; the test shows nothing"
+    publish(folder, found)
+    assert not [path for path in folder.rglob(".*") if path.name != whole_files.LOCK_FILE], "left-overs stay"
+
+
 def test_a_lock_that_is_never_given_back_ends_in_an_error(tmp_path):
     with (
         whole_files.locked(tmp_path),
@@ -411,6 +438,15 @@ def test_a_lock_that_is_never_given_back_ends_in_an_error(tmp_path):
         whole_files.locked(tmp_path, seconds=0.1),
     ):
         pass
+
+
+def test_serving_does_not_wait_for_a_writer_that_hangs(written, monkeypatch):
+    monkeypatch.setattr("marlin_gen.table.READ_SECONDS", 0.1)
+    (written.folder / next(iter(written.kernels.values())).file).write_bytes(b"damaged")
+    with whole_files.locked(written.folder):
+        started = time.monotonic()
+        found, said = attempt(written.folder)
+    assert found is not None and len(said) == 1 and time.monotonic() - started < 5
 
 
 def test_readers_share_the_lock_and_need_none(tmp_path):
