@@ -109,11 +109,14 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"collecting {', '.join(wanted) or 'nothing more'} into {options.out}", flush=True)
     if wanted:
         print(pip("download", *target, "--dest", str(options.out), "--progress-bar=off", *options.pip, *wanted), end="")
-    # The proof: pip finds everything in the folder alone. It can only resolve for another machine into a --target.
+    # The proof: pip finds everything in the folder alone. For another machine it resolves only into a --target, and
+    # install, unlike download, holds Requires-Python against the Python that it runs on.
     name = f"marlin_gen[{','.join(extras)}]" if extras else "marlin_gen"
+    proved = wanted if options.without_torch else [name]
     with tempfile.TemporaryDirectory() as empty:
-        from_folder = ["--no-index", f"--find-links={options.out}", *target, "--dry-run", f"--target={empty}"]
-        pip("install", "-q", *from_folder, *([str(wheel), "--no-deps", *wanted] if options.without_torch else [name]))
+        alone = ["--no-index", f"--find-links={options.out}", "--dry-run", f"--target={empty}"]
+        if proved:
+            pip("install", "-q", "--ignore-requires-python", *alone, *target, *proved)
     wheels = sorted(options.out.glob("*.whl"))
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in wheels]
     (options.out / SUMS).write_text("".join(sums))
