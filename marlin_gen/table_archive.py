@@ -23,7 +23,7 @@ from marlin_gen.table_file import MAX_CUBIN_BYTES, MAX_TABLE_BYTES
 SUFFIX = ".zip"
 MAX_FILES = 16384
 MAX_BYTES = 512 << 20  # of the archive, and of what is in it
-EARLIER_SCHEMAS = (1,)
+EARLIER_SCHEMAS = (2,)
 
 _NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,80})/(table\.json|kernels/[a-z0-9_-]{1,160}\.cubin)", re.ASCII)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the least that a zip can say

@@ -21,13 +21,13 @@ from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.formats import LAYOUT_VERSION
 from marlin_gen.table_row import FieldError, KernelFile, TableRow, size, take
 
-SCHEMA = 2  # 1 had no seal
+SCHEMA = 3  # 2 had no seal and no launch_version, which was 2; the kernels of 1 took other arguments
 FILE_NAME = "table.json"
 MAX_TABLE_BYTES = 64 << 20  # 80000 rows
 MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
 
 _SEAL = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",\n')
-_EARLIER = "; `marlin-gen import` reads tables of schema 1"
+_EARLIER = "; `marlin-gen import` reads tables of schema 2"
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class Parsed:
 def _check_versions(data: Any, schemas: Sequence[int]) -> None:
     fix = "it was written by another version of marlin_gen, tune again"
     if (schema := take(data, "schema", int)) not in schemas:
-        raise FieldError(f"schema={schema} is not {SCHEMA}; {fix}{_EARLIER if schema == 1 else ''}")
-    # Tables are written without a launch_version while that is 1.
-    launch = size(data, "launch_version") if "launch_version" in data else 1
+        raise FieldError(f"schema={schema} is not {SCHEMA}; {fix}{_EARLIER if schema == 2 else ''}")
+    launch = 2 if schema == 2 else take(data, "launch_version", int)
     for name, found, expected in (
         ("layout_version", take(data, "layout_version", int), LAYOUT_VERSION),
         ("launch_version", launch, LAUNCH_VERSION),
@@ -133,10 +132,10 @@ def check_seal(content: bytes) -> None:
 
 def file_text(table: Parsed) -> str:
     """One row, kernel and run per line, sealed. Equal tables give equal bytes."""
-    head: dict[str, Any] = {"schema": SCHEMA, "layout_version": LAYOUT_VERSION}
-    if LAUNCH_VERSION != 1:
-        head["launch_version"] = LAUNCH_VERSION
-    head |= {"protocol": table.protocol, "gpu": table.gpu.to_json()}
+    head = {
+        "schema": SCHEMA, "layout_version": LAYOUT_VERSION, "launch_version": LAUNCH_VERSION,
+        "protocol": table.protocol, "gpu": table.gpu.to_json(),
+    }  # fmt: skip
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     runs = [f"  {json.dumps(run, sort_keys=True)}" for run in table.runs]
     kernels = [f"  {json.dumps(key)}: {json.dumps(vars(kernel))}" for key, kernel in sorted(table.kernels.items())]

@@ -164,8 +164,8 @@ def test_a_damaged_kernel_is_not_imported_over_a_good_one(home, capsys):
 def test_a_table_of_the_earlier_schema_is_read_by_import_alone(home, capsys):
     made = tables.table(home / "old", [row(4096, 4096, 1, mma())])
     data = json.loads(made.text())
-    del data["sha256"]
-    (made.folder / FILE_NAME).write_text(json.dumps({**data, "schema": 1}))
+    del data["sha256"], data["launch_version"]
+    (made.folder / FILE_NAME).write_text(json.dumps({**data, "schema": 2}))
     with pytest.warns(UserWarning, match="marlin-gen import"):
         assert DispatchTable.load(made.folder) is None
     said(capsys, "import", str(home / "old"), "--to", str(home / "new"))
