@@ -185,6 +185,7 @@ struct TileOrder {
   }
 };
 
+
 // The packed weights and scales of one k block of a feature tile.
 struct Weights {
   u8 const *weight, *scales;
@@ -504,7 +505,7 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
   }
   if constexpr (kRanks > 1) {  // no block may leave while another may still signal its barriers
-    __syncwarp();              // the aligned barrier wants whole warps; one lane of the producer's comes late
+    __syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late
     ptx::barrier_cluster_sync();
   }
 }
