@@ -20,13 +20,17 @@ class DType:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight is stored: ``weight = (code - zero point) * scale``, of the row and of k // group_size."""
+    """How a weight is stored: ``weight = (code - zero point) * scale``, of the row and of k // group_size.
+
+    With minima: ``weight = code * scale + minimum``.
+    """
 
     name: str  # the token in keys, tables and file names
     bits: int
     zero_point: int | None  # one number for all groups: the format is symmetric about it; None: each group has its own
     group_size: int  # weights along k that share a scale
     scale_dtype: str
+    has_minima: bool = False  # each group has a minimum beside its scale, and no zero point
 
     @property
     def codes(self) -> int:
@@ -36,12 +40,12 @@ class WeightFormat:
     @property
     def has_zeros(self) -> bool:
         """Whether each group has a whole zero point of its own, 0 .. codes, beside its scale."""
-        return self.zero_point is None
+        return self.zero_point is None and not self.has_minima
 
     @property
     def scale_values(self) -> int:
-        """Numbers of one row and group: the scale, and the zero point if there is one, in the scale's type."""
-        return 2 if self.has_zeros else 1
+        """Numbers of one row and group: the scale, and the zero point or minimum if there is one, in the scale's type."""
+        return 2 if self.has_zeros or self.has_minima else 1
 
     @property
     def scale_bytes(self) -> int:
@@ -55,14 +59,15 @@ class WeightFormat:
 
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2),)}
 
-# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128; "u4zg128": about a zero point of each group. Larger groups,
+# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128; "u4zg128": about a zero point of each group; "u4mg32":
+# with a minimum of each group. Larger groups,
 # and one scale a row, are packed as 128 or the largest of these that divides them, their scales repeated: the same
 # weight, bit for bit.
 FORMATS = {
     f.name: f
     for f in (
-        WeightFormat(f"{codes}g{size}", bits=4, zero_point=zero_point, group_size=size, scale_dtype="f16")
-        for codes, zero_point in (("u4b8", 8), ("u4z", None))
+        WeightFormat(f"{codes}g{size}", 4, zero_point, size, scale_dtype="f16", has_minima=codes == "u4m")
+        for codes, zero_point in (("u4b8", 8), ("u4z", None), ("u4m", None))
         for size in (128, 64, 32)
     )
 }

@@ -12,7 +12,7 @@ This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Sca
 each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and g + 8 as one word.
 
 Formats with zero points z have ``[n / 64][k / group][128]``: after each such pair of scales, what decoding needs of
-them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both.
+them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both. Formats with minima have those in the same places, as they are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PackedWeight:
     """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
 
     weight: torch.Tensor  # int32 [n / 64, k / 64, 512]
-    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64 or, with zero points, 128]
+    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64 or, with zero points or minima, 128]
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
 
@@ -66,7 +66,8 @@ class PackedWeight:
 def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
     """Codes (uint8 [n, k]) and scales (f16 [n, k / group_size]) to the packed layout, on their own device.
 
-    For a format with zero points, scales are f16 [n, k / group_size, 2]: scale, and a whole zero point from 0 to 16.
+    For a format with zero points, scales are f16 [n, k / group_size, 2]: scale, and a whole zero point from 0 to 16;
+    for one with minima, scale and minimum.
     Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
     Peak extra memory is about twice the packed weight.
     """
@@ -102,7 +103,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size], or [.., 2] with zeros)."""
+    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size], or [.., 2])."""
     fmt = _four_bit(packed.weight_format)
     if packed.layout_version != LAYOUT_VERSION:
         raise ValueError(
@@ -118,7 +119,7 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     groups, each = k // fmt.group_size, fmt.scale_values
     scales = packed.scales.view(n // 64, groups, 4, 8, each, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, groups, each)
     if not fmt.has_zeros:
-        return codes.view(n, k), scales[..., 0]
+        return codes.view(n, k), scales if fmt.has_minima else scales[..., 0]
     terms = scales[..., 1]
     return codes.view(n, k), torch.stack([scales[..., 0], torch.where(terms > 0, terms - 1024, -terms - 64)], -1)
 
@@ -132,8 +133,8 @@ def _zero_terms(zeros: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
 
 
 def check_scales(scales: torch.Tensor, n: int, k: int, fmt: WeightFormat) -> None:
-    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size], or [n, k / group_size, 2] with zero points."""
-    expected = (n, k // fmt.group_size, *((2,) if fmt.has_zeros else ()))
+    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size], or [.., 2] with zero points or minima."""
+    expected = (n, k // fmt.group_size, *((fmt.scale_values,) if fmt.scale_values > 1 else ()))
     if scales.dtype != torch.float16 or tuple(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)};"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from marlin_gen.formats import DEFAULT_FORMAT, WeightFormat
@@ -19,7 +21,8 @@ _SMALLEST_SCALE = 2.0**-24  # the smallest positive f16: a group of tiny weights
 def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight [n, k] to codes (uint8 [n, k]) and scales (f16 [n, k / group_size]), rounding to nearest.
 
-    With zero points, scales are f16 [n, k / group_size, 2]: scale and zero point, from the group's least and largest.
+    With zero points, scales are f16 [n, k / group_size, 2]: scale and zero point, from the group's least and largest;
+    with minima, scale and minimum.
     Raises ValueError for a shape the packed layout cannot hold and for weights that are not finite or exceed the
     range of f16 scales.
     """
@@ -31,17 +34,23 @@ def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple
     n, k = weight.shape
     check_shape(n, k, fmt)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    each = (2,) if fmt.has_zeros else ()
+    each = (fmt.scale_values,) if fmt.scale_values > 1 else ()
     scales = torch.empty(n, k // fmt.group_size, *each, dtype=torch.float16, device=weight.device)
     rows = max(_CHUNK_WEIGHTS // k, 1)
     with torch.no_grad():
         for start in range(0, n, rows):
             stop = min(start + rows, n)
             groups = weight[start:stop].float().view(stop - start, -1, fmt.group_size)
-            chunk_codes, chunk_scales = (_quantize_about_zeros if fmt.has_zeros else _quantize_groups)(groups, fmt)
+            chunk_codes, chunk_scales = _quantizer(fmt)(groups, fmt)
             codes[start:stop] = chunk_codes.view(stop - start, k)
             scales[start:stop] = chunk_scales
     return codes, scales
+
+
+def _quantizer(fmt: WeightFormat) -> Callable[[torch.Tensor, WeightFormat], tuple[torch.Tensor, torch.Tensor]]:
+    if fmt.has_minima:
+        return _quantize_from_minima
+    return _quantize_about_zeros if fmt.has_zeros else _quantize_groups
 
 
 def _quantize_groups(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +80,15 @@ def _quantize_about_zeros(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torc
     return codes.to(torch.uint8), torch.stack([scale, zero.half()], -1)
 
 
+def _quantize_from_minima(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [rows, groups, group_size] to codes of the same shape and f16 [rows, groups, 2]: scales and minima."""
+    _checked_absmax(groups, fmt)
+    low, high = groups.amin(-1).clamp_min(-torch.finfo(torch.float16).max).half(), groups.amax(-1)
+    scale = ((high - low.float()) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).half()
+    codes = ((groups - low.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, fmt.codes - 1)
+    return codes.to(torch.uint8), torch.stack([scale, low], -1)
+
+
 def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     absmax = groups.abs().amax(dim=-1)
     limit = torch.finfo(torch.float16).max * _DIVISORS[0]
@@ -94,9 +112,11 @@ def dequantize(
     weight_format: str = DEFAULT_FORMAT,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """The weight [n, k] as the kernels see it: code - zero point is exact in f16, times the scale rounds once."""
+    """The weight [n, k] as the kernels see it, rounded to f16 once: code - zero point is exact, as is code * scale."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
+    if fmt.has_minima:  # f64 holds the sum
+        return _decoded(codes.double(), scales.double(), fmt).half().to(dtype)
     return _decoded(codes.to(torch.float16), scales, fmt).to(dtype)
 
 
@@ -110,8 +130,10 @@ def gemm_reference(
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """(codes - zero point) * scale, [n, k], in the floating type of both; ``codes`` is overwritten."""
+    """(codes - zero point) * scale, or codes * scale + minimum, [n, k], in the floating type of both; ``codes`` is overwritten."""
     grouped = codes.view(codes.shape[0], -1, fmt.group_size)
+    if fmt.has_minima:
+        return grouped.mul_(scales[..., :1]).add_(scales[..., 1:]).view(codes.shape)
     if fmt.has_zeros:
         grouped.sub_(scales[..., 1:])
         scales = scales[..., 0]

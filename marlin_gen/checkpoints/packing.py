@@ -17,27 +17,32 @@ def to_packed(weight: QuantizedWeight, name: str = "weight") -> PackedWeight:
     """
     if weight.bits != 4:
         raise ValueError(f"{name} has {weight.bits}-bit codes; the kernels read 4-bit ones")
-    if weight.minima is not None:
-        raise ValueError(f"{name} has minima of its own for each group; the kernels read zero points only")
     if weight.order is not None:
         raise ValueError(f"{name} is in act-order (desc_act); the kernels read input features in their own order")
     fmt = _format_of(weight, name)
-    scales = weight.scales.half()
-    if not torch.equal(scales.to(weight.scales.dtype), weight.scales):
-        worst = float((scales.double() - weight.scales.double()).abs().max())
-        raise ValueError(f"{name} has {weight.scales.dtype} scales that f16 does not hold, off by up to {worst:.1e}")
+    scales = _halves(weight.scales, name, "scales")
     if weight.zeros is not None:
         scales = torch.stack([scales, weight.zeros.half()], -1)
+    if weight.minima is not None:
+        scales = torch.stack([scales, _halves(weight.minima, name, "minima")], -1)
     scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
     return pack(weight.codes, scales, fmt.name)
 
 
+def _halves(numbers: torch.Tensor, name: str, what: str) -> torch.Tensor:
+    halves = numbers.half()
+    if not torch.equal(halves.to(numbers.dtype), numbers):
+        worst = float((halves.double() - numbers.double()).abs().max())
+        raise ValueError(f"{name} has {numbers.dtype} {what} that f16 does not hold, off by up to {worst:.1e}")
+    return halves
+
+
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
-    """The 4-bit format, with zero points if the weight has them, of the largest group that divides the weight's."""
+    """The 4-bit format, with zero points or minima if the weight has them, of the largest group that divides its own."""
     if weight.zeros is not None and weight.zeros.is_floating_point():
         raise ValueError(f"{name} has zero points in {weight.zeros.dtype}; the kernels read whole ones")
-    has_zeros = weight.zeros is not None
-    formats = [fmt for fmt in FORMATS.values() if fmt.bits == weight.bits and fmt.has_zeros == has_zeros]
+    kind = weight.bits, weight.zeros is not None, weight.minima is not None
+    formats = [fmt for fmt in FORMATS.values() if (fmt.bits, fmt.has_zeros, fmt.has_minima) == kind]
     fitting = [fmt for fmt in formats if weight.group_size % fmt.group_size == 0]
     if not fitting:
         known = ", ".join(str(fmt.group_size) for fmt in formats)

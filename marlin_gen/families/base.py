@@ -88,6 +88,8 @@ class KernelFamily(Protocol):
 
 def reject_format(fmt: WeightFormat) -> str | None:
     """Why no family decodes this format, as a sentence; None when they do."""
+    if fmt.has_minima:
+        return f"weight format {fmt.name} has minima, which no family decodes yet"
     # A packed word quad is 64 k: it lies in one group, or holds two.
     if fmt.bits != 4 or (fmt.group_size % 64 and fmt.group_size != 32):
         return f"weight format {fmt.name} is not of 4 bits in groups of 32 or of a multiple of 64"
