@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight, pack, unpack
     from marlin_gen.nn import QuantLinear
     from marlin_gen.op import gemm
+    from marlin_gen.quantize_model import quantize_model
     from marlin_gen.reference import dequantize, quantize
 
-__all__ = ["PackedWeight", "QuantLinear", "dequantize", "gemm", "pack", "quantize", "unpack"]
+__all__ = ["PackedWeight", "QuantLinear", "dequantize", "gemm", "pack", "quantize", "quantize_model", "unpack"]
 
 _HOME = {
     "PackedWeight": "layout",
@@ -31,6 +32,7 @@ _HOME = {
     "quantize": "reference",
     "gemm": "op",
     "QuantLinear": "nn",
+    "quantize_model": "quantize_model",
 }
 
 

@@ -44,7 +44,7 @@ class WeightFormat:
 
     @property
     def scale_values(self) -> int:
-        """Numbers of one row and group: the scale, and the zero point or minimum if there is one, in the scale's type."""
+        """Numbers of one row and group: the scale, and the zero point or minimum if it has one, in the scale's type."""
         return 2 if self.has_zeros or self.has_minima else 1
 
     @property

@@ -12,7 +12,8 @@ This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Sca
 each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and g + 8 as one word.
 
 Formats with zero points z have ``[n / 64][k / group][128]``: after each such pair of scales, what decoding needs of
-them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both. Formats with minima have those in the same places, as they are.
+them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both.
+Formats with minima have those in the same places, as they are.
 """
 
 from __future__ import annotations

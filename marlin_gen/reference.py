@@ -130,7 +130,7 @@ def gemm_reference(
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """(codes - zero point) * scale, or codes * scale + minimum, [n, k], in the floating type of both; ``codes`` is overwritten."""
+    """The weight [n, k] in the floating type of both, see ``WeightFormat``; ``codes`` is overwritten."""
     grouped = codes.view(codes.shape[0], -1, fmt.group_size)
     if fmt.has_minima:
         return grouped.mul_(scales[..., :1]).add_(scales[..., 1:]).view(codes.shape)

@@ -38,7 +38,7 @@ def _halves(numbers: torch.Tensor, name: str, what: str) -> torch.Tensor:
 
 
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
-    """The 4-bit format, with zero points or minima if the weight has them, of the largest group that divides its own."""
+    """The 4-bit format, with zeros or minima as the weight has them, of the largest group that divides its own."""
     if weight.zeros is not None and weight.zeros.is_floating_point():
         raise ValueError(f"{name} has zero points in {weight.zeros.dtype}; the kernels read whole ones")
     kind = weight.bits, weight.zeros is not None, weight.minima is not None
