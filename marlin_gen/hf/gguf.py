@@ -38,6 +38,7 @@ def from_gguf(
     unheld: dict[str, str] = {}
     for one in tensors:
         value = one.read()
+        _check_shape(model, one.name, [value.n, value.k] if isinstance(value, QuantizedWeight) else list(value.shape))
         if isinstance(value, QuantizedWeight):
             layer = one.name.removesuffix(".weight")
             if weights == "quantised":
@@ -71,12 +72,16 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     parent, _, last = name.rpartition(".")
-    module = model.get_submodule(parent)
-    expected = getattr(module, last, None)
-    if expected is None or expected.shape != tensor.shape:
-        wanted = "nothing" if expected is None else list(expected.shape)
-        raise ValueError(f"{name} is {list(tensor.shape)} in the file; the model that its metadata describe: {wanted}")
-    setattr(module, last, nn.Parameter(tensor, requires_grad=False))
+    setattr(model.get_submodule(parent), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_shape(model: nn.Module, name: str, shape: list[int]) -> None:
+    try:
+        wanted = str(list(model.get_parameter(name).shape))
+    except AttributeError:
+        wanted = "no such tensor"
+    if wanted != str(shape):
+        raise ValueError(f"{name} is {shape} in the file; the model that its metadata describe has {wanted}")
 
 
 def _fill_buffers(model: nn.Module, config: Any, device: torch.device | str) -> None:
