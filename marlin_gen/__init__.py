@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight, pack, unpack
     from marlin_gen.nn import QuantLinear
     from marlin_gen.op import gemm
-    from marlin_gen.quantize_model import quantize_model
     from marlin_gen.reference import dequantize, quantize
+    from marlin_gen.replace import quantize_model
 
 __all__ = ["PackedWeight", "QuantLinear", "dequantize", "gemm", "pack", "quantize", "quantize_model", "unpack"]
 
@@ -32,7 +32,7 @@ _HOME = {
     "quantize": "reference",
     "gemm": "op",
     "QuantLinear": "nn",
-    "quantize_model": "quantize_model",
+    "quantize_model": "replace",
 }
 
 

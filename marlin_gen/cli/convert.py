@@ -26,8 +26,11 @@ def convert(
     """Convert a quantised checkpoint to the packed layout, exactly; transformers loads the result."""
     from marlin_gen.convert import convert as convert_checkpoint
 
-    with counted_progress("convert") as show:
-        report = convert_checkpoint(source, folder, keep_unsupported, device, int(shard_gb * 1e9), show)
+    try:
+        with counted_progress("convert") as show:
+            report = convert_checkpoint(source, folder, keep_unsupported, device, int(shard_gb * 1e9), show)
+    except ImportError as error:  # of the hf extra; its message says how to get it
+        raise ValueError(str(error)) from error
     counts: dict[str, int] = {}
     for name in report.formats.values():
         counts[name] = counts.get(name, 0) + 1

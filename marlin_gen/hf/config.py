@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.quantize_model import DEFAULT_SKIP
+from marlin_gen.replace import DEFAULT_SKIP
 
 METHOD = "marlin_gen"
 

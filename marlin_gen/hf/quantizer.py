@@ -16,7 +16,7 @@ from marlin_gen.checkpoints.names import quantised_layers
 from marlin_gen.hf.config import METHOD, MarlinGenConfig
 from marlin_gen.hf.staged import Staged, header_entries
 from marlin_gen.nn import QuantLinear
-from marlin_gen.quantize_model import quantize_model
+from marlin_gen.replace import quantize_model
 
 logger = logging.get_logger(__name__)
 
