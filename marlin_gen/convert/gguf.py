@@ -22,8 +22,10 @@ def write_tokenizer(path: Path, folder: Path) -> str | None:
     """The file's tokenizer and chat template as transformers reads them; a sentence if that is not possible here."""
     try:
         from transformers import AutoTokenizer
-    except ImportError:
-        return "no tokenizer was written: that needs transformers (pip install 'marlin_gen[hf]')"
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ImportError, KeyError, ValueError) as error:  # older releases want protobuf too; not every kind is known
+        reason = " ".join(str(error).split())[:200]
+        return f"no tokenizer was written, for transformers (pip install 'marlin_gen[hf]') could not read it: {reason}"
     tokenizer.save_pretrained(folder)
     return None

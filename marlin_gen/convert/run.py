@@ -18,6 +18,7 @@ from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.convert.shard import ShardWriter, about, is_intact, read_header, write_text
 from marlin_gen.convert.source import Source, Unit, open_source
 from marlin_gen.formats import LAYOUT_VERSION
+from marlin_gen.nn import QuantLinear
 
 SHARD_BYTES = 2 << 30  # of the source; what a killed run may have to do again
 _HEADER_BYTES = 1024  # of a unit beside its name: three entries, its format or a reason
@@ -130,9 +131,8 @@ def _write_unit(shard: ShardWriter, unit: Unit, device: torch.device | str) -> s
     if isinstance(held, Unheld):
         shard.add(f"{unit.name}.weight", held.weight)
         return Unheld(held.weight[:0], held.reason)
-    shard.add(f"{unit.name}.weight", held.weight)
-    shard.add(f"{unit.name}.scales", held.scales)
-    shard.add(f"{unit.name}.layout_version", torch.tensor(held.layout_version, dtype=torch.int32))
+    for key, tensor in QuantLinear.from_packed(held).state_dict().items():  # a bias is a plain tensor, copied as such
+        shard.add(f"{unit.name}.{key}", tensor)
     return held.weight_format
 
 

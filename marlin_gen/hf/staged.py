@@ -39,6 +39,10 @@ class Staged(nn.Module):
 
         A ValueError names a damaged layer, or one of other sizes than the model's.
         """
+        if offloaded := [key for key in self.names if self.get_buffer(key).is_meta]:
+            raise ValueError(
+                f"{self.name}: device_map offloads its {offloaded[0]}; run marlin-gen convert and load what it writes"
+            )
         weight = read_layer({key: self.get_buffer(key) for key in self.names}, config, self.name)
         if (weight.n, weight.k) != (self.out_features, self.in_features):
             raise ValueError(

@@ -9,14 +9,17 @@ import struct
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from foreign import METHODS, write_checkpoint
+from foreign import METHODS, random_weight, stored, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import marlin_gen.hf  # noqa: F401 - registers the method
 from marlin_gen.cli.root import main
 from marlin_gen.convert import convert
 from marlin_gen.convert.shard import ShardWriter, is_intact
@@ -148,6 +151,29 @@ def test_keep_unsupported_dequantises_and_warns_once(tmp_path):
     found = all_tensors(tmp_path / "out")
     for name in odd:
         assert torch.equal(found[f"{name}.weight"], layers[name].dequantize().half())
+
+
+def test_act_order_is_exact_whether_a_kernel_holds_it_or_not(tmp_path):
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(5))
+
+    def reordered(layer, tensors):
+        if layer == LAYER:
+            weight = replace(random_weight(384, 256, "gptq", torch.Generator().manual_seed(6)), order=order)
+            expected[layer] = weight.dequantize().half()
+            return stored(weight, "gptq")
+
+    expected = {}
+    write_checkpoint(tmp_path / "in", "gptq", change=reordered)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = convert(tmp_path / "in", tmp_path / "out", keep_unsupported=True)
+    if LAYER in report.unheld:
+        assert "act-order" in report.unheld[LAYER] and len(report.unheld) == 1
+        with pytest.raises(ValueError, match=f"^{LAYER}: is in act-order"):
+            convert(tmp_path / "in", tmp_path / "strict")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = model.get_submodule(LAYER)(torch.eye(256).half()).T
+    assert torch.equal(found, expected[LAYER])
 
 
 def damage(key, value):

@@ -163,6 +163,18 @@ def test_converted_it_is_the_same_model(smol, tmp_path, capsys):
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_the_readme_s_five_lines(smol, tmp_path, capsys):
+    path, _ = smol
+    main(["convert", str(path), str(tmp_path / "out")])
+    capsys.readouterr()
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    _, _, section = readme.partition("## From a Hugging Face checkpoint to tokens")
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) == 5 and code.count('"cuda"') == 1
+    exec(code.replace('"checkpoint"', repr(str(tmp_path / "out"))).replace('"cuda"', '"cpu"'), {})
+    assert len(capsys.readouterr().out) > 20
+
+
 def test_q4_0_and_an_untied_head(tmp_path):
     """The head is Q8_0 here: unless a kernel holds it, it runs in f16, with a warning."""
     dense = write(tmp_path / "a.gguf", tied=False, linear=Kind.Q4_0)
