@@ -1,6 +1,6 @@
 """Number formats, as rows: activation types and quantised weight formats.
 
-Adding a weight format is one row here and one ``decode`` overload in
+Adding a weight format is one row here and one specialisation of ``Decoder`` in
 ``templates/include/marlin_gen/dequant.cuh``; tests and registries iterate the rows.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """A 16-bit activation/output type: our name, its torch attribute, its size."""
+    """A 16-bit type of activations, scales and outputs: our name, its torch attribute, its size."""
 
     name: str  # the token in keys and file names
     torch_name: str  # getattr(torch, torch_name)
@@ -20,17 +20,23 @@ class DType:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight is stored: ``weight = (code - zero point) * scale``, of the row and of k // group_size.
+    """How a weight is stored: codes, and for each row and k // group_size a scale and perhaps an offset.
 
-    With minima: ``weight = code * scale + minimum``.
+    What the offset is, and how a weight is decoded from code q and scale s, each step rounded to the scale's type:
+
+    =========  ====================  ========================================================================
+    constant   (q - zero_point) * s  the subtraction is exact, the product rounds once
+    zeros      (q - z) * s           z is whole, 0 .. codes: as above
+    fractions  (q - z) * s           z is any number: both round
+    minima     q * s + z             rounds once
+    =========  ====================  ========================================================================
     """
 
     name: str  # the token in keys, tables and file names
     bits: int
-    zero_point: int | None  # one number for all groups: the format is symmetric about it; None: each group has its own
+    offset: str  # a row of the table above
     group_size: int  # weights along k that share a scale
-    scale_dtype: str
-    has_minima: bool = False  # each group has a minimum beside its scale, and no zero point
+    zero_point: int = 0  # of "constant"
 
     @property
     def codes(self) -> int:
@@ -38,36 +44,42 @@ class WeightFormat:
         return 1 << self.bits
 
     @property
-    def has_zeros(self) -> bool:
-        """Whether each group has a whole zero point of its own, 0 .. codes, beside its scale."""
-        return self.zero_point is None and not self.has_minima
+    def has_offsets(self) -> bool:
+        """Whether each group has an offset of its own beside its scale."""
+        return self.offset != "constant"
 
     @property
     def scale_values(self) -> int:
-        """Numbers of one row and group: the scale, and the zero point or minimum if it has one, in the scale's type."""
-        return 2 if self.has_zeros or self.has_minima else 1
+        """Numbers of one row and group: the scale, and the offset if there is one, in the type of activations."""
+        return 2 if self.has_offsets else 1
 
     @property
     def scale_bytes(self) -> int:
         """Of one row and group."""
-        return DTYPES[self.scale_dtype].bytes * self.scale_values
+        return 2 * self.scale_values
 
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of the packed weight and its scales: what a kernel must at least read."""
         return n * k * self.bits // 8 + n * (k // self.group_size) * self.scale_bytes
 
 
-DTYPES = {d.name: d for d in (DType("f16", "float16", 2),)}
+DTYPES = {d.name: d for d in (DType("f16", "float16", 2), DType("bf16", "bfloat16", 2))}
 
-# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128; "u4zg128": about a zero point of each group; "u4mg32":
-# with a minimum of each group. Larger groups,
-# and one scale a row, are packed as 128 or the largest of these that divides them, their scales repeated: the same
-# weight, bit for bit.
+# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. "u4z": about a whole zero point of each group (AWQ, GPTQ), "u4f":
+# about any number (HQQ), "u4m": up from a minimum (GGUF's Q4_1). Larger groups, and one scale a row, are packed as the largest
+# of these that divides them, their scales repeated: the same weight, bit for bit.
+_KINDS = (
+    ("u4b8", 4, "constant", 8),
+    ("u4z", 4, "zeros", 0),
+    ("u4f", 4, "fractions", 0),
+    ("u4m", 4, "minima", 0),
+    ("u8b128", 8, "constant", 128),
+)
 FORMATS = {
     f.name: f
     for f in (
-        WeightFormat(f"{codes}g{size}", 4, zero_point, size, scale_dtype="f16", has_minima=codes == "u4m")
-        for codes, zero_point in (("u4b8", 8), ("u4z", None), ("u4m", None))
+        WeightFormat(f"{codes}g{size}", bits, offset, size, zero_point)
+        for codes, bits, offset, zero_point in _KINDS
         for size in (128, 64, 32)
     )
 }

@@ -122,20 +122,22 @@ class Launcher:
     def run(
         self, kernel: Kernel, plan: Plan, problem: Problem,
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
+        bias: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """``out [m, n] = a [m, k] @ B^T`` on the current stream; tensors contiguous, 16-byte aligned, on it.
+        """``out [m, n] = a [m, k] @ B^T + bias [n]`` on the current stream; tensors contiguous, 16-byte aligned, on it.
 
         The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
         """
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
         dependent = self.can_depend and self._settled(weight, scales)
-        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, dependent=dependent)
+        self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias, dependent=dependent)
 
     def run_with(
         self, kernel: Kernel, plan: Plan, problem: Problem,
         a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
-        partials: torch.Tensor | None, locks: torch.Tensor | None, *, dependent: bool = False,
+        partials: torch.Tensor | None, locks: torch.Tensor | None, bias: torch.Tensor | None = None, *,
+        dependent: bool = False,
     ) -> None:  # fmt: skip
         """``run`` with the caller's workspace: at least the launch shape's sizes, locks zero.
 
@@ -143,13 +145,19 @@ class Launcher:
         kernel must not be the one that writes them.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
-        pointers = {"a": a, "c": out, "weight": weight, "scales": scales, "partials": partials, "locks": locks}
+        pointers: dict[str, Any] = {
+            "a": a, "c": out, "weight": weight, "scales": scales, "bias": bias,
+            "partials": partials, "locks": locks,
+        }  # fmt: skip
         arguments: list[Any] = []
+        maps: dict[Any, Any] = {}  # A's two maps are one unless the last token tile is partial
         for operand in shape.operands:
-            if operand == "a_map":
-                arguments.append(driver.tensor_map(a.data_ptr(), problem.m, problem.k, shape.a_box))
-            elif operand == "c_map":
-                arguments.append(driver.tensor_map(out.data_ptr(), problem.m, problem.n, shape.c_box))
+            if mapped := shape.map_of(operand):
+                if mapped not in maps:
+                    matrix, box = mapped
+                    columns = problem.k if matrix == "a" else problem.n
+                    maps[mapped] = driver.tensor_map(pointers[matrix].data_ptr(), problem.m, columns, box)
+                arguments.append(maps[mapped])
             else:
                 tensor = pointers[operand]
                 arguments.append(ctypes.c_uint64(tensor.data_ptr() if tensor is not None else 0))

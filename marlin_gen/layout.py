@@ -1,19 +1,26 @@
-"""The one packed layout of a 4-bit weight, for every kernel, config, GPU and number of tokens.
+"""The one packed layout of a quantised weight, for every kernel, config, GPU and number of tokens.
 
-A 64 x 64 tile (features x k) is 512 contiguous 32-bit words, ``[row block of 16][lane][k16 step]``; tiles are ordered
-``[n / 64][k / 64]``. One word holds the 8 codes a lane needs of one 16 x 16 block (g = lane / 4, t = lane % 4, k
-counted inside the block):
+A 64 x 64 tile (features x k) of 4-bit codes is 512 contiguous 32-bit words, ``[row block of 16][lane][k16 step]``; tiles
+are ordered ``[n / 64][k / 64]``. One word holds the 8 codes a lane needs of one 16 x 16 block (g = lane / 4,
+t = lane % 4, k counted inside the block):
 
     nibble   0    1     2     3      4     5     6     7
     row      g   g+8    g    g+8     g    g+8    g    g+8
     k        2t   2t   2t+8  2t+8   2t+1  2t+1  2t+9  2t+9
 
-This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]``; in
-each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and g + 8 as one word.
+8-bit codes take two words, and a tile 1024, ``[row block][step / 2][lane][step % 2][word]``:
 
-Formats with zero points z have ``[n / 64][k / group][128]``: after each such pair of scales, what decoding needs of
-them: 1024 + z of row g and -(64 + z) of row g + 8, whose codes come out as 1024 + q and 64 + q. f16 holds both.
-Formats with minima have those in the same places, as they are.
+    byte     0    1     2     3   |  0     1     2     3
+    row      g    g    g+8   g+8  |  g     g    g+8   g+8
+    k        2t  2t+1   2t   2t+1 | 2t+8  2t+9  2t+8  2t+9
+
+This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]`` in the
+type of the activations; in each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and
+g + 8 as one word.
+
+Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero points
+are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose codes come
+out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them.
 """
 
 from __future__ import annotations
@@ -22,24 +29,33 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, WeightFormat
+from marlin_gen.formats import DEFAULT_FORMAT, DTYPES, LAYOUT_VERSION, WeightFormat
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.problem import SIZE_UNIT, check_shape
 
-__all__ = ["LAYOUT_VERSION", "PackedWeight", "check_scales", "pack", "unpack"]
+__all__ = ["LAYOUT_VERSION", "SCALE_DTYPES", "PackedWeight", "check_scales", "pack", "unpack", "words_per_tile"]
 
-WORDS_PER_TILE = SIZE_UNIT * SIZE_UNIT // 8
+SCALE_DTYPES = tuple(getattr(torch, row.torch_name) for row in DTYPES.values())
 
-# (row half, k half, k parity) of each nibble: code [8 * row + g, 8 * k_half + 2 * t + parity].
-_NIBBLES = [(i & 1, i >> 1 & 1, i >> 2) for i in range(8)]
+# Where the 8 codes of a lane and block lie in its words, by bits: (row half, k half, k parity), that is code
+# [8 * row + g, 8 * k_half + 2 * t + parity].
+_PLACES = {
+    4: [(i & 1, i >> 1 & 1, i >> 2) for i in range(8)],
+    8: [(i >> 1 & 1, i >> 2, i & 1) for i in range(8)],
+}
+
+
+def words_per_tile(fmt: WeightFormat) -> int:
+    """32-bit words of 64 x 64 packed codes."""
+    return SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
 
-    weight: torch.Tensor  # int32 [n / 64, k / 64, 512]
-    scales: torch.Tensor  # f16 [n / 64, k / group_size, 64 or, with zero points or minima, 128]
+    weight: torch.Tensor  # int32 [n / 64, k / 64, 512 or, of 8 bits, 1024]
+    scales: torch.Tensor  # f16 or bf16, as activations: [n / 64, k / group_size, 64 or, with offsets, 128]
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
 
@@ -56,6 +72,11 @@ class PackedWeight:
         return self.weight.nbytes + self.scales.nbytes
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the scales, and of the activations that this weight is multiplied with."""
+        return self.scales.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.weight.device
 
@@ -65,14 +86,14 @@ class PackedWeight:
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
-    """Codes (uint8 [n, k]) and scales (f16 [n, k / group_size]) to the packed layout, on their own device.
+    """Codes (uint8 [n, k]) and scales (f16 or bf16 [n, k / group_size]) to the packed layout, on their own device.
 
-    For a format with zero points, scales are f16 [n, k / group_size, 2]: scale, and a whole zero point from 0 to 16;
-    for one with minima, scale and minimum.
+    The scales' type is that of the activations. For a format with offsets, scales are [n, k / group_size, 2]: scale, and
+    zero point (whole, from 0 to ``codes``, in the formats called u4z) or minimum.
     Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
     Peak extra memory is about twice the packed weight.
     """
-    fmt = _four_bit(weight_format)
+    fmt = format_row(weight_format)
     if codes.dtype != torch.uint8 or codes.ndim != 2:
         raise ValueError(
             f"codes are {codes.dtype} {list(codes.shape)}; pack needs torch.uint8 [n, k], as quantize returns"
@@ -89,64 +110,72 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
         n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2
     )  # n64, row block, row half, g, k64, step, k half, t, parity
     words = torch.zeros(
-        n // 64, k // 64, 4, 8, 4, 4, dtype=torch.int32, device=codes.device
-    )  # n64, k64, row block, g, t, step
-    for i, (row, half, parity) in enumerate(_NIBBLES):
-        nibble = blocks[:, :, row, :, :, :, half, :, parity].permute(0, 3, 1, 2, 5, 4)
-        words |= nibble.to(torch.int32) << 4 * i
-    if fmt.has_zeros:
+        n // 64, k // 64, 4, 8, 4, 4, fmt.bits // 4, dtype=torch.int32, device=codes.device
+    )  # n64, k64, row block, g, t, step, word
+    per_word = 32 // fmt.bits
+    for i, (row, half, parity) in enumerate(_PLACES[fmt.bits]):
+        code = blocks[:, :, row, :, :, :, half, :, parity].permute(0, 3, 1, 2, 5, 4)
+        words[..., i // per_word] |= code.to(torch.int32) << fmt.bits * (i % per_word)
+    if fmt.offset == "zeros":
         scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
     groups, each = k // fmt.group_size, fmt.scale_values
     pairs = scales.reshape(n // 64, 4, 2, 8, groups, each).permute(0, 4, 1, 3, 5, 2)
     return PackedWeight(
-        words.view(n // 64, k // 64, WORDS_PER_TILE), pairs.reshape(n // 64, groups, 64 * each).contiguous(), fmt.name
+        _by_planes(words, fmt).reshape(n // 64, k // 64, -1),
+        pairs.reshape(n // 64, groups, 64 * each).contiguous(),
+        fmt.name,
     )
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of ``pack``: codes (uint8 [n, k]) and scales (f16 [n, k / group_size], or [.., 2])."""
-    fmt = _four_bit(packed.weight_format)
+    """The inverse of ``pack``: codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets)."""
+    fmt = format_row(packed.weight_format)
     if packed.layout_version != LAYOUT_VERSION:
         raise ValueError(
             f"layout_version={packed.layout_version} is not {LAYOUT_VERSION};"
             " pack the original weight again with this marlin_gen"
         )
     n, k = packed.n, packed.k
-    words = packed.weight.view(n // 64, k // 64, 4, 8, 4, 4)
+    words = packed.weight.view(n // 64, k // 64, 4, fmt.bits // 4, 8, 4, 16 // fmt.bits, fmt.bits // 4)
+    words = words.permute(0, 1, 2, 4, 5, 3, 6, 7).reshape(n // 64, k // 64, 4, 8, 4, 4, fmt.bits // 4)
     codes = torch.empty(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2, dtype=torch.uint8, device=words.device)
-    for i, (row, half, parity) in enumerate(_NIBBLES):
-        nibble = (words >> 4 * i & 15).to(torch.uint8)
-        codes[:, :, row, :, :, :, half, :, parity] = nibble.permute(0, 2, 3, 1, 5, 4)
+    per_word = 32 // fmt.bits
+    for i, (row, half, parity) in enumerate(_PLACES[fmt.bits]):
+        code = (words[..., i // per_word] >> fmt.bits * (i % per_word) & fmt.codes - 1).to(torch.uint8)
+        codes[:, :, row, :, :, :, half, :, parity] = code.permute(0, 2, 3, 1, 5, 4)
     groups, each = k // fmt.group_size, fmt.scale_values
     scales = packed.scales.view(n // 64, groups, 4, 8, each, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, groups, each)
-    if not fmt.has_zeros:
-        return codes.view(n, k), scales if fmt.has_minima else scales[..., 0]
-    terms = scales[..., 1]
-    return codes.view(n, k), torch.stack([scales[..., 0], torch.where(terms > 0, terms - 1024, -terms - 64)], -1)
+    if not fmt.has_offsets:
+        return codes.view(n, k), scales[..., 0]
+    if fmt.offset == "zeros":
+        terms = scales[..., 1]
+        added = torch.where(terms > 0, 1024, 64) if terms.dtype == torch.float16 else 128
+        scales = torch.stack([scales[..., 0], terms.abs() - added], -1)
+    return codes.view(n, k), scales
+
+
+def _by_planes(words: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """[.., row block, g, t, step, word] to the order of the layout: 16 bytes a lane, then the next plane of 16."""
+    n64, k64 = words.shape[:2]
+    planes = fmt.bits // 4
+    return words.view(n64, k64, 4, 8, 4, planes, 4 // planes, planes).permute(0, 1, 2, 5, 3, 4, 6, 7)
 
 
 def _zero_terms(zeros: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """What decoding subtracts or adds for zero points [n, groups]; ValueError unless they are whole, 0 .. codes."""
     if not bool(((zeros >= 0) & (zeros <= fmt.codes) & (zeros == zeros.round())).all()):
         raise ValueError(f"zero points of {fmt.name} must be whole numbers from 0 to {fmt.codes}")
+    if zeros.dtype == torch.bfloat16:
+        return -(128 + zeros)
     is_high = torch.arange(zeros.shape[0], device=zeros.device)[:, None] // 8 % 2 == 1  # rows g + 8
     return torch.where(is_high, -(64 + zeros), 1024 + zeros)
 
 
 def check_scales(scales: torch.Tensor, n: int, k: int, fmt: WeightFormat) -> None:
-    """Raise a ValueError unless ``scales`` are f16 [n, k / group_size], or [.., 2] with zero points or minima."""
-    expected = (n, k // fmt.group_size, *((fmt.scale_values,) if fmt.scale_values > 1 else ()))
-    if scales.dtype != torch.float16 or tuple(scales.shape) != expected:
+    """Raise a ValueError unless ``scales`` are f16 or bf16 [n, k / group_size], or [.., 2] with offsets."""
+    expected = (n, k // fmt.group_size, *((2,) if fmt.has_offsets else ()))
+    if scales.dtype not in SCALE_DTYPES or tuple(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)};"
-            f" {fmt.name} with n={n}, k={k} needs torch.float16 {list(expected)}"
+            f" {fmt.name} with n={n}, k={k} needs {' or '.join(map(str, SCALE_DTYPES))} {list(expected)}"
         )
-
-
-def _four_bit(name: str) -> WeightFormat:
-    fmt = format_row(name)
-    if fmt.bits != 4:
-        raise ValueError(
-            f"weight format {name} has {fmt.bits} bits; layout version {LAYOUT_VERSION} packs 4-bit formats"
-        )
-    return fmt

@@ -1,4 +1,4 @@
-"""``QuantLinear``: ``torch.nn.Linear`` with a packed 4-bit weight."""
+"""``QuantLinear``: ``torch.nn.Linear`` with a packed weight of 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import WORDS_PER_TILE, PackedWeight, pack
+from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack, words_per_tile
 from marlin_gen.op import gemm
 from marlin_gen.problem import SIZE_UNIT, check_shape
 from marlin_gen.reference import quantize
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class QuantLinear(nn.Module):
-    """``y [..., out_features] = x [..., in_features] @ weight^T + bias`` in f16, for inference and for grads of x.
+    """``y [..., out_features] = x [..., in_features] @ weight^T + bias``, for inference and for grads of x.
 
     A new module holds zeros: fill it with ``load_state_dict``, or make one with ``from_float``, ``from_quantized`` or
     ``from_packed``.
+    ``dtype``, of x, scales, bias and y, is float16 or bfloat16.
     Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
     loading checks.
     """
@@ -40,24 +41,27 @@ class QuantLinear(nn.Module):
         bias: bool = False,
         weight_format: str = DEFAULT_FORMAT,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
         fmt = format_row(weight_format)
         check_shape(out_features, in_features, fmt)
+        if dtype not in SCALE_DTYPES:
+            raise ValueError(f"dtype={dtype} is not one of {', '.join(map(str, SCALE_DTYPES))}")
         self.in_features, self.out_features, self.weight_format = in_features, out_features, weight_format
         tiles_n, tiles_k, groups = out_features // SIZE_UNIT, in_features // SIZE_UNIT, in_features // fmt.group_size
-        weight = torch.zeros(tiles_n, tiles_k, WORDS_PER_TILE, dtype=torch.int32, device=device)
+        weight = torch.zeros(tiles_n, tiles_k, words_per_tile(fmt), dtype=torch.int32, device=device)
         self.register_buffer("weight", weight)
-        scales = torch.zeros(tiles_n, groups, SIZE_UNIT * fmt.scale_values, dtype=torch.float16, device=device)
+        scales = torch.zeros(tiles_n, groups, SIZE_UNIT * fmt.scale_values, dtype=dtype, device=device)
         self.register_buffer("scales", scales)
         self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
-        zeros = torch.zeros(out_features, dtype=torch.float16, device=device)
+        zeros = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(zeros, requires_grad=False) if bias else None
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
         """A layer around ``packed``, which is not copied."""
-        layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, device="meta")
+        layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, "meta", packed.dtype)
         if packed.layout_version != LAYOUT_VERSION:
             raise ValueError(_version_error(packed.layout_version))
         layer.weight, layer.scales = packed.weight, packed.scales
@@ -65,19 +69,21 @@ class QuantLinear(nn.Module):
         if bias is not None:
             if tuple(bias.shape) != (packed.n,):
                 raise ValueError(f"bias has shape {list(bias.shape)}; out_features={packed.n} needs [{packed.n}]")
-            layer.bias = nn.Parameter(bias.detach().to(packed.device, torch.float16), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().to(packed.device, packed.dtype), requires_grad=False)
         return layer
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
-        """A layer of a checkpoint's weight, exactly; ValueError for a weight that no format holds."""
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """A layer of a checkpoint's weight: see ``to_packed``; ValueError for a weight that no format holds."""
         from marlin_gen.checkpoints.packing import to_packed  # brings the readers, which serving does without
 
-        return cls.from_packed(to_packed(weight), bias)
+        return cls.from_packed(to_packed(weight, dtype=dtype), bias)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_format: str = DEFAULT_FORMAT) -> QuantLinear:
-        """Quantise a float layer, on its own device."""
+        """Quantise a float layer, on its own device, for activations in bfloat16 if it is of that type, else float16."""
         codes, scales = quantize(linear.weight.detach(), weight_format)
         return cls.from_packed(pack(codes, scales, weight_format), linear.bias)
 
@@ -111,13 +117,12 @@ class QuantLinear(nn.Module):
         return PackedWeight(self.weight, self.scales, self.weight_format)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = gemm(x, self.packed)
-        return y if self.bias is None else y + self.bias
+        return gemm(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
-            f" weight_format={self.weight_format}"
+            f" weight_format={self.weight_format}, dtype={str(self.scales.dtype).removeprefix('torch.')}"
         )
 
     def _load_from_state_dict(

@@ -18,31 +18,37 @@ if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight
 
 ACT_DTYPES = {getattr(torch, row.torch_name): name for name, row in DTYPES.items()}
-WORDS_PER_TILE = SIZE_UNIT * SIZE_UNIT // 8
 ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 
 # Held for the life of the process: dropping a Library unregisters its operators.
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "gemm(Tensor a, Tensor weight, Tensor scales, str weight_format='u4b8g128', int layout_version=1) -> Tensor",
+    "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128', int layout_version=1)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def gemm(a: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """``a [..., k] @ B^T`` with the packed weight B (n, k): f16 [..., n], contiguous, on the current stream.
+def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``a [..., k] @ B^T + bias`` with the packed weight B (n, k): [..., n], contiguous, on the current stream.
 
-    On CUDA a kernel measured for this GPU, shape and number of tokens runs; on the CPU the dequantised reference.
-    Differentiable in ``a``. Raises ValueError or TypeError that name what does not fit.
+    a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for this
+    GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
+    Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
     """
     c: torch.Tensor = torch.ops.marlin_gen.gemm.default(
-        a, packed.weight, packed.scales, packed.weight_format, packed.layout_version
+        a, packed.weight, packed.scales, bias, packed.weight_format, packed.layout_version
     )
     return c
 
 
 def check_operands(
-    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, weight_format: str, layout_version: int
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_format: str,
+    layout_version: int,
 ) -> tuple[int, int]:
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
@@ -53,18 +59,28 @@ def check_operands(
         )
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
-        raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it with a.half()")
-    if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != WORDS_PER_TILE:
+        raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it, for instance with a.half()")
+    words = SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
+    if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != words:
         raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}; the packed layout is"
-            f" torch.int32 [n/64, k/64, {WORDS_PER_TILE}], as marlin_gen.pack returns"
+            f"weight is {weight.dtype} {list(weight.shape)}; the packed layout of {fmt.name} is"
+            f" torch.int32 [n/64, k/64, {words}], as marlin_gen.pack returns"
         )
     n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
     expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * fmt.scale_values]
-    if scales.dtype != torch.float16 or list(scales.shape) != expected:
+    if scales.dtype not in ACT_DTYPES or list(scales.shape) != expected:
         raise ValueError(
-            f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs torch.float16"
+            f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs {a.dtype}"
             f" {expected}, as marlin_gen.pack returns"
+        )
+    if scales.dtype != a.dtype:
+        raise TypeError(
+            f"a is {a.dtype} and the weight was packed for {scales.dtype}; convert a, or pack the weight with"
+            f" {a.dtype} scales"
+        )
+    if bias is not None and (bias.dtype != a.dtype or list(bias.shape) != [n] or bias.device != a.device):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; it must be {a.dtype} [{n}] on {a.device}"
         )
     if a.ndim == 0 or a.shape[-1] != k:
         raise ValueError(f"a has shape {list(a.shape)}; its last dimension must be k={k}, the weight's in-features")
@@ -84,12 +100,13 @@ def _cuda(
     a: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
     layout_version: int = 1,
 ) -> torch.Tensor:
     from marlin_gen.serve import Server
 
-    n, k = check_operands(a, weight, scales, weight_format, layout_version)
+    n, k = check_operands(a, weight, scales, bias, weight_format, layout_version)
     out = torch.empty((*a.shape[:-1], n), dtype=a.dtype, device=a.device)
     if out.numel():
         a_2d = a.reshape(-1, k).contiguous()
@@ -99,7 +116,8 @@ def _cuda(
             raise ValueError(
                 f"weight and scales must be {ALIGNMENT}-byte aligned; clone the tensors once after loading"
             )
-        Server.of(a.device).gemm(a_2d, weight, scales, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
+        bias = None if bias is None else bias.contiguous()
+        Server.of(a.device).gemm(a_2d, weight, scales, bias, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
     return out
 
 
@@ -107,43 +125,50 @@ def _cpu(
     a: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
     layout_version: int = 1,
 ) -> torch.Tensor:
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
 
-    check_operands(a, weight, scales, weight_format, layout_version)
+    check_operands(a, weight, scales, bias, weight_format, layout_version)
     codes, row_scales = unpack(PackedWeight(weight, scales, weight_format, layout_version))
-    return gemm_reference(a, codes, row_scales, weight_format).to(a.dtype)
+    return gemm_reference(a, codes, row_scales, weight_format, bias).to(a.dtype)
 
 
 def _fake(
     a: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
     layout_version: int = 1,
 ) -> torch.Tensor:
-    n, _ = check_operands(a, weight, scales, weight_format, layout_version)
+    n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, scales, ctx.weight_format, ctx.layout_version = inputs
+    _, weight, scales, _, ctx.weight_format, ctx.layout_version = inputs
     ctx.save_for_backward(weight, scales)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-    """grad of ``a`` only: the weight is a constant, as for LoRA on a quantised base."""
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """grads of ``a`` and ``bias``: the weight is a constant, as for LoRA on a quantised base."""
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import dequantize
 
     if ctx.needs_input_grad[2]:
         raise NotImplementedError("marlin_gen.gemm has no gradient for scales; call scales.requires_grad_(False)")
     weight, scales = ctx.saved_tensors
-    codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
-    return grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype), None, None, None, None
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
+        grad_a = grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(dim=tuple(range(grad.ndim - 1)))
+    return grad_a, None, None, grad_bias, None, None
 
 
 _LIBRARY.impl("gemm", _cuda, "CUDA")  # type: ignore[no-untyped-call]

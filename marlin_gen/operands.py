@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
+from marlin_gen.formats import WeightFormat
 from marlin_gen.formats import dtype as dtype_row
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.layout import pack
 from marlin_gen.reference import gemm_reference
 
 ROTATE_L2S = 5  # the distinct copies of a weight are this many times the L2 cache
+
+
+def random_weight(
+    n: int, k: int, fmt: WeightFormat, dtype: torch.dtype, device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets) as ``pack`` takes them.
+
+    Weights are about 0.06 in size whatever the bits, and centred, but that zero points reach both ends.
+    """
+    made: dict[str, Any] = {"device": device, "generator": generator}
+    codes = torch.randint(0, fmt.codes, (n, k), dtype=torch.uint8, **made)
+    scales = (torch.rand(n, k // fmt.group_size, **made) * 0.02 + 0.005) * 16 / fmt.codes
+    if fmt.offset == "zeros":
+        offsets = torch.randint(0, fmt.codes + 1, scales.shape, **made).float()
+    elif fmt.offset == "fractions":
+        offsets = torch.rand(scales.shape, **made) * fmt.codes
+    else:
+        offsets = scales * fmt.codes / -2 * (1 + torch.rand(scales.shape, **made) / 8)
+    return codes, (torch.stack([scales, offsets], -1) if fmt.has_offsets else scales).to(dtype)
 
 
 class Shape:
@@ -22,11 +44,7 @@ class Shape:
         self.n, self.k, self.device, self.l2_bytes = n, k, device, l2_bytes
         self.dtype = getattr(torch, dtype_row(act_dtype).torch_name)
         self.weight_format = weight_format
-        self.codes = torch.randint(0, fmt.codes, (n, k), device=device, dtype=torch.uint8)
-        self.scales = (torch.rand(n, k // fmt.group_size, device=device) * 0.02 + 0.005).half()
-        if fmt.has_zeros:
-            zeros = torch.randint(0, fmt.codes + 1, self.scales.shape, device=device)
-            self.scales = torch.stack([self.scales, zeros.half()], -1)
+        self.codes, self.scales = random_weight(n, k, fmt, self.dtype, device)
         first = pack(self.codes, self.scales, weight_format)
         copies = 1 + math.ceil(ROTATE_L2S * l2_bytes / first.nbytes)
         self.packed = [

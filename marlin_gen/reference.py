@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from marlin_gen.formats import DEFAULT_FORMAT, WeightFormat
@@ -11,18 +9,20 @@ from marlin_gen.formats import weight_format as format_row
 from marlin_gen.layout import check_scales
 from marlin_gen.problem import check_shape
 
-# A group's scale is absmax / divisor for the divisor with the least squared error. 7 clips nothing; 8 and above
-# clip the few largest weights of a group and resolve all others better.
-_DIVISORS = (7.0, 7.4, 7.8, 8.2, 8.6, 9.0)
+# A group's scale is absmax / divisor for the divisor with the least squared error. 7 (of 4 bits) clips nothing; 8 and
+# above clip the few largest weights of a group and resolve all others better. Of 8 bits there is nothing to choose.
+_DIVISORS = {4: (7.0, 7.4, 7.8, 8.2, 8.6, 9.0), 8: (127.0,)}
 _CHUNK_WEIGHTS = 1 << 24  # weights quantised at once: bounds the fp32 temporaries to a few hundred MB
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive f16: a group of tiny weights must not get the scale 0
 
 
-def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float weight [n, k] to codes (uint8 [n, k]) and scales (f16 [n, k / group_size]), rounding to nearest.
+def quantize(
+    weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float weight [n, k] to codes (uint8 [n, k]) and scales ([n, k / group_size]), rounding to nearest.
 
-    With zero points, scales are f16 [n, k / group_size, 2]: scale and zero point, from the group's least and largest;
-    with minima, scale and minimum.
+    ``dtype``, of the scales and so of the activations, is float16 or bfloat16; by default bfloat16 for such a weight.
+    With offsets, scales are [n, k / group_size, 2]: scale, and zero point or minimum, from the group's least and largest.
     Raises ValueError for a shape the packed layout cannot hold and for weights that are not finite or exceed the
     range of f16 scales.
     """
@@ -33,34 +33,32 @@ def quantize(weight: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> tuple
         )
     n, k = weight.shape
     check_shape(n, k, fmt)
+    dtype = dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    each = (fmt.scale_values,) if fmt.scale_values > 1 else ()
-    scales = torch.empty(n, k // fmt.group_size, *each, dtype=torch.float16, device=weight.device)
+    each = (2,) if fmt.has_offsets else ()
+    scales = torch.empty(n, k // fmt.group_size, *each, dtype=dtype, device=weight.device)
+    check_scales(scales, n, k, fmt)
     rows = max(_CHUNK_WEIGHTS // k, 1)
     with torch.no_grad():
         for start in range(0, n, rows):
             stop = min(start + rows, n)
             groups = weight[start:stop].float().view(stop - start, -1, fmt.group_size)
-            chunk_codes, chunk_scales = _quantizer(fmt)(groups, fmt)
+            encode = _quantize_from_least if fmt.has_offsets else _quantize_groups
+            chunk_codes, chunk_scales = encode(groups, fmt, dtype)
             codes[start:stop] = chunk_codes.view(stop - start, k)
             scales[start:stop] = chunk_scales
     return codes, scales
 
 
-def _quantizer(fmt: WeightFormat) -> Callable[[torch.Tensor, WeightFormat], tuple[torch.Tensor, torch.Tensor]]:
-    if fmt.has_minima:
-        return _quantize_from_minima
-    return _quantize_about_zeros if fmt.has_zeros else _quantize_groups
-
-
-def _quantize_groups(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [rows, groups, group_size] to codes of the same shape and f16 scales [rows, groups]."""
-    assert fmt.zero_point is not None
+def _quantize_groups(
+    groups: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [rows, groups, group_size] to codes of the same shape and scales [rows, groups]."""
     absmax = _checked_absmax(groups, fmt)
     best_error = torch.full_like(absmax, float("inf"))
-    best_scale = torch.ones_like(absmax, dtype=torch.float16)
-    for divisor in _DIVISORS:
-        scale = (absmax / divisor).clamp_min(_SMALLEST_SCALE).half()
+    best_scale = torch.ones_like(absmax, dtype=dtype)
+    for divisor in _DIVISORS[fmt.bits]:
+        scale = (absmax / divisor).clamp_min(_SMALLEST_SCALE).to(dtype)
         decoded = _encode(groups, scale, fmt).sub_(fmt.zero_point).mul_(scale.float()[..., None])
         error = decoded.sub_(groups).square_().sum(-1)
         better = error < best_error
@@ -70,28 +68,28 @@ def _quantize_groups(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Ten
     return _encode(groups, best_scale, fmt).to(torch.uint8), best_scale
 
 
-def _quantize_about_zeros(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [rows, groups, group_size] to codes of the same shape and f16 [rows, groups, 2]: scales and zero points."""
+def _quantize_from_least(
+    groups: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [rows, groups, group_size] to codes of the same shape and [rows, groups, 2]: scales and offsets."""
     _checked_absmax(groups, fmt)
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)  # zero has a code of its own
-    scale = ((high - low) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).half()
-    zero = (-low / scale.float()).round_().clamp_(0, fmt.codes - 1)
-    codes = (groups / scale.float()[..., None]).round_().add_(zero[..., None]).clamp_(0, fmt.codes - 1)
-    return codes.to(torch.uint8), torch.stack([scale, zero.half()], -1)
-
-
-def _quantize_from_minima(groups: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [rows, groups, group_size] to codes of the same shape and f16 [rows, groups, 2]: scales and minima."""
-    _checked_absmax(groups, fmt)
-    low, high = groups.amin(-1).clamp_min(-torch.finfo(torch.float16).max).half(), groups.amax(-1)
-    scale = ((high - low.float()) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).half()
-    codes = ((groups - low.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, fmt.codes - 1)
-    return codes.to(torch.uint8), torch.stack([scale, low], -1)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if fmt.offset == "zeros":  # zero has a code of its own
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).to(dtype)
+    if fmt.offset == "minima":
+        offset = low.to(dtype)
+        codes = (groups - offset.float()[..., None]) / scale.float()[..., None]
+    else:
+        zero = -low / scale.float()
+        offset = (zero.round_().clamp_(0, fmt.codes - 1) if fmt.offset == "zeros" else zero).to(dtype)
+        codes = groups / scale.float()[..., None] + offset.float()[..., None]
+    return codes.round_().clamp_(0, fmt.codes - 1).to(torch.uint8), torch.stack([scale, offset], -1)
 
 
 def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     absmax = groups.abs().amax(dim=-1)
-    limit = torch.finfo(torch.float16).max * _DIVISORS[0]
+    limit = torch.finfo(torch.float16).max * _DIVISORS[fmt.bits][0]
     if not bool((absmax <= limit).all()):  # also false for NaN
         raise ValueError(
             f"the largest weight is {absmax.max().item()}, but {fmt.name} holds finite weights up to {limit:.0f};"
@@ -102,7 +100,6 @@ def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
 
 def _encode(groups: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """The nearest codes under ``scale``, as fp32."""
-    assert fmt.zero_point is not None
     return (groups / scale.float()[..., None]).round_().add_(fmt.zero_point).clamp_(0, fmt.codes - 1)
 
 
@@ -110,33 +107,36 @@ def dequantize(
     codes: torch.Tensor,
     scales: torch.Tensor,
     weight_format: str = DEFAULT_FORMAT,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The weight [n, k] as the kernels see it, rounded to f16 once: code - zero point is exact, as is code * scale."""
+    """The weight [n, k] as the kernels see it, rounded in the scales' type as WeightFormat says; then to ``dtype``."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
-    if fmt.has_minima:  # f64 holds the sum
-        return _decoded(codes.double(), scales.double(), fmt).half().to(dtype)
-    return _decoded(codes.to(torch.float16), scales, fmt).to(dtype)
+    if fmt.offset == "minima":  # the type of the sums: the fused multiply-add rounds once
+        weight = _decoded(codes.float(), scales.float(), fmt).to(scales.dtype)
+    else:
+        weight = _decoded(codes.to(scales.dtype), scales, fmt)
+    return weight.to(dtype or scales.dtype)
 
 
 def gemm_reference(
-    a: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT
+    a: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_format: str = DEFAULT_FORMAT,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``a [..., k] @ B^T`` in fp32 [..., n] with unrounded weights: what kernels are compared with."""
+    """``a [..., k] @ B^T + bias`` in fp32 [..., n] with unrounded weights: what kernels are compared with."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
-    return a.float() @ _decoded(codes.float(), scales.float(), fmt).T
+    c = a.float() @ _decoded(codes.float(), scales.float(), fmt).T
+    return c if bias is None else c + bias.float()
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """The weight [n, k] in the floating type of both, see ``WeightFormat``; ``codes`` is overwritten."""
+    """The weight [n, k] in the floating type of codes and scales; ``codes`` is overwritten."""
     grouped = codes.view(codes.shape[0], -1, fmt.group_size)
-    if fmt.has_minima:
+    if fmt.offset == "minima":
         return grouped.mul_(scales[..., :1]).add_(scales[..., 1:]).view(codes.shape)
-    if fmt.has_zeros:
-        grouped.sub_(scales[..., 1:])
-        scales = scales[..., 0]
-    elif fmt.zero_point is not None:
-        grouped.sub_(fmt.zero_point)
-    return grouped.mul_(scales[..., None]).view(codes.shape)
+    grouped.sub_(scales[..., 1:] if fmt.has_offsets else fmt.zero_point)
+    return grouped.mul_((scales[..., 0] if fmt.has_offsets else scales)[..., None]).view(codes.shape)

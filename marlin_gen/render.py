@@ -65,7 +65,7 @@ def render_from(templates: Path, family: KernelFamily, spec: KernelSpec) -> Kern
     else:
         values = family.template_values(spec)
         text = _environment(templates).get_template(f"{family.name}.cu.jinja").render(
-            spec=spec, config=config, symbol=symbol, fmt=fmt, arch=arch,
+            spec=spec, config=config, symbol=symbol, fmt=fmt, arch=arch, offset=camel_k(fmt.offset),
             config_constants=config_constants(config), family_constants=family_constants(values),
             threads=family.threads(config),
             smem_bytes=family.smem_bytes(config, fmt),
@@ -76,8 +76,8 @@ def render_from(templates: Path, family: KernelFamily, spec: KernelSpec) -> Kern
 
 
 def symbol_of(spec: KernelSpec) -> str:
-    """The kernel's name in C: ``wgmma_m64n64k256_w4x1_s5_b1_c1_tiles_exact_u4b8g128``."""
-    return f"{spec.config.key}-{spec.weight_format}".replace("-", "_")
+    """The kernel's name in C: ``wgmma_m64n64k256_w4x1_s5_b1_c1_tiles_exact_u4b8g128_f16``."""
+    return f"{spec.config.key}-{spec.weight_format}-{spec.act_dtype}".replace("-", "_")
 
 
 def camel_k(name: str) -> str:

@@ -44,7 +44,8 @@ def quantize_model(
     of Linear, layers of other than 16- and 32-bit floats, weights that two modules share (an lm_head tied to the
     embedding), and sizes that the layout cannot hold. A layer that occurs twice is replaced in both places by one.
 
-    Activations must be f16: call ``model.half()`` first or after. Raises ValueError for an unknown format, for a
+    Layers are for activations in bfloat16 where they were of that type, else in float16: convert the rest of the model
+    to that type, first or after. Raises ValueError for an unknown format, for a
     ``skip`` that is one string and not a collection, for weights that are not finite, and if ``model`` is a Linear.
     """
     format_row(weight_format)

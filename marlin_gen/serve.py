@@ -64,25 +64,29 @@ class Server:
         a: torch.Tensor,
         weight: torch.Tensor,
         scales: torch.Tensor,
+        bias: torch.Tensor | None,
         out: torch.Tensor,
         weight_format: str,
         act_dtype: str,
     ) -> None:
-        """Write ``a [m, k] @ B^T`` into ``out [m, n]``, both contiguous, 16-byte aligned and with m > 0."""
+        """Write ``a [m, k] @ B^T + bias`` into ``out [m, n]``, both contiguous, 16-byte aligned and with m > 0."""
         problem = (out.shape[1], a.shape[1], a.shape[0], weight_format, act_dtype)
         if torch.cuda.current_device() == self.device_index:  # the context manager costs as much as a launch
-            self._run(problem, a, weight, scales, out)
+            self._run(problem, a, weight, scales, bias, out)
         else:
             with torch.cuda.device(self.device_index):
-                self._run(problem, a, weight, scales, out)
+                self._run(problem, a, weight, scales, bias, out)
 
-    def _run(self, key: Key, a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def _run(
+        self, key: Key, a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
         while True:
             step = self._steps.get(key) or self._decide(key)
             if step.choice is None or step.kernel is None:
-                return dequantized_matmul(a, PackedWeight(weight, scales, step.problem.weight_format), out)
+                return dequantized_matmul(a, PackedWeight(weight, scales, step.problem.weight_format), bias, out)
             try:
-                return self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out)
+                return self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out, bias)
             except LaunchError as error:
                 _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
                 self._failed.add((key, step.choice.plan))
@@ -170,10 +174,16 @@ def _server(device_index: int) -> Server:
     return Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
 
 
-def dequantized_matmul(a: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
-    """The last resort: ``out = a @ B^T`` with the whole weight decoded first."""
+def dequantized_matmul(
+    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """The last resort: ``out = a @ B^T + bias`` with the whole weight decoded first."""
     codes, scales = unpack(packed)
-    torch.matmul(a, dequantize(codes, scales, packed.weight_format, a.dtype).T, out=out)
+    weight = dequantize(codes, scales, packed.weight_format, a.dtype).T
+    if bias is None:
+        torch.matmul(a, weight, out=out)
+    else:
+        torch.addmm(bias, a, weight, out=out)
 
 
 def _warn(message: str) -> None:

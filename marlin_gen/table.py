@@ -26,7 +26,7 @@ from marlin_gen.formats import LAYOUT_VERSION
 from marlin_gen.measurement import PROTOCOL, Artifact
 from marlin_gen.table_row import FieldError, KernelFile, TableRow, take
 
-SCHEMA = 1
+SCHEMA = 2  # 2: kernels take a tensor map for the last token tile, and a bias
 FILE_NAME = "table.json"
 
 

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import math
 import sys
+import time
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -158,10 +159,9 @@ def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
     try:
         arguments: list[Any] = []
         for name in shape.operands:
-            if name == "a_map":
-                arguments.append(driver.tensor_map(int(buffers["a"].handle), p.m, p.k, shape.a_box))
-            elif name == "c_map":
-                arguments.append(driver.tensor_map(int(buffers["c"].handle), p.m, p.n, shape.c_box))
+            if mapped := shape.map_of(name):
+                columns = p.k if mapped[0] == "a" else p.n
+                arguments.append(driver.tensor_map(int(buffers[mapped[0]].handle), p.m, columns, mapped[1]))
             else:
                 arguments.append(ctypes.c_uint64(int(buffers[name].handle)))
         size = shape.grid, shape.threads, shape.smem_bytes, shape.cluster
@@ -202,6 +202,7 @@ def main() -> int:
         parser.error(f"no table for this GPU ships {missing[0]}")
     failed = 0
     for key in options.specs or sorted(kernels):
+        began = time.monotonic()
         try:
             error = run(KernelSpec.from_key(key), *kernels[key], gpu.num_sms)
         except driver.LaunchError as refused:
@@ -210,7 +211,7 @@ def main() -> int:
             continue
         wrong = not error < ERROR_LIMIT  # also for NaN
         failed += wrong
-        print(f"failed {key}: relative error {error:.2e}" if wrong else f"done {key} error={error:.2e}", flush=True)
+        print(f"failed {key}: relative error {error:.2e}" if wrong else f"done {key} error={error:.2e} seconds={time.monotonic() - began:.1f}", flush=True)
     print(f"{len(options.specs or kernels)} kernels, {failed} failed", flush=True)
     return 1 if failed or not kernels else 0
 

@@ -17,7 +17,7 @@ TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 2
 PREAMBLE = """\
 // wgmma.mma_async with the A operand in registers (sm_90a). Written by tools/write_wgmma_header.py: do not edit.
 //
-// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 operands, fp32 sums. Warp w of the warpgroup holds rows
+// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 or bf16 operands, fp32 sums. Warp w of the warpgroup holds rows
 // 16 w .. 16 w + 15 in the lane map of mma.sync m16n8k16; B lies in shared memory as kN rows of 128 bytes (64 k) with a
 // 128-byte swizzle.
 #pragma once
@@ -50,7 +50,7 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <int kN>
+template <bool kIsBf16, int kN>
 struct WgmmaM64K16;
 
 #define MARLIN_GEN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -73,17 +73,17 @@ def operands(count: int) -> str:
     return ", ".join(parts)
 
 
-def instruction(tokens: int) -> str:
+def instruction(kind: str, tokens: int) -> str:
     count = tokens // 2
     registers = textwrap.wrap(", ".join(f"%{i}" for i in range(count)), 100)
     listed = "\n".join(f'        "{line}{" " if line is not registers[-1] else ""}"' for line in registers)
     outputs = textwrap.fill(operands(count), 104, subsequent_indent=" " * 10)
     return f"""
 template <>
-struct WgmmaM64K16<{tokens}> {{
+struct WgmmaM64K16<{str(kind == 'bf16').lower()}, {tokens}> {{
   __device__ static __forceinline__ void mma(float (&d)[{count}], u32 const (&a)[4], u64 b) {{
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 {{"
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{"
 {listed}
         "}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"
         : {outputs}
@@ -94,7 +94,7 @@ struct WgmmaM64K16<{tokens}> {{
 
 
 def text() -> str:
-    return PREAMBLE + "".join(map(instruction, TOKEN_TILES)) + POSTAMBLE
+    return PREAMBLE + "".join(instruction(kind, tokens) for kind in ("f16", "bf16") for tokens in TOKEN_TILES) + POSTAMBLE
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from marlin_gen.checkpoints.fallback import dense_halves
+from marlin_gen.checkpoints.fallback import dense
 from marlin_gen.checkpoints.gguf import Stored, open_reader, read_metadata, stored_tensors
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 
@@ -46,7 +46,7 @@ def open_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Store
     def read(one: Stored) -> QuantizedWeight | torch.Tensor:
         tensor = one.read()
         if isinstance(tensor, QuantizedWeight) and not is_linear(one.name):
-            return dense_halves(tensor, one.name)
+            return dense(tensor, one.name)
         return undo_permutation(one.name, tensor, heads, kv_heads)
 
     tensors = [

@@ -6,43 +6,51 @@ import torch
 
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.formats import FORMATS, WeightFormat
-from marlin_gen.layout import PackedWeight, pack
+from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack
 
 
-def to_packed(weight: QuantizedWeight, name: str = "weight") -> PackedWeight:
-    """``weight`` in the layout of the kernels, on its own device: the same numbers, bit for bit.
+def to_packed(weight: QuantizedWeight, name: str = "weight", dtype: torch.dtype | None = None) -> PackedWeight:
+    """``weight`` in the layout of the kernels, on its own device, for activations of ``dtype`` (float16, bfloat16).
 
-    Groups that no format has (256, or one scale a row) are packed in the largest that divides them, scales repeated.
-    Raises ValueError, with ``name`` in it, for what no format holds.
+    Without ``dtype``, of the type of its scales (float16 for float32 scales), and then the same numbers, bit for bit: a
+    ValueError where the type does not hold them. With ``dtype``, scales and offsets are rounded to it, as they are when
+    a model is loaded in that type. Groups that no format has (256, or one scale a row) are packed in the largest that
+    divides them, scales repeated. Raises ValueError, with ``name`` in it, for what no format holds.
     """
-    if weight.bits != 4:
-        raise ValueError(f"{name} has {weight.bits}-bit codes; the kernels read 4-bit ones")
     if weight.order is not None:
         raise ValueError(f"{name} is in act-order (desc_act); the kernels read input features in their own order")
     fmt = _format_of(weight, name)
-    scales = _halves(weight.scales, name, "scales")
-    if weight.zeros is not None:
-        scales = torch.stack([scales, weight.zeros.half()], -1)
+    target = dtype or (weight.scales.dtype if weight.scales.dtype in SCALE_DTYPES else torch.float16)
+    values = {"scales": weight.scales}
     if weight.minima is not None:
-        scales = torch.stack([scales, _halves(weight.minima, name, "minima")], -1)
+        values["minima"] = weight.minima
+    elif weight.zeros is not None:
+        values["zeros"] = weight.zeros
+    rounded = {key: value.to(target) for key, value in values.items()}
+    for key, value in values.items() if dtype is None else ():
+        if not torch.equal(rounded[key].to(value.dtype), value):
+            worst = float((rounded[key].double() - value.double()).abs().max())
+            raise ValueError(
+                f"{name} has {key} in {value.dtype} that {target} does not hold, off by up to {worst:.1e};"
+                f" give dtype={target} to round them"
+            )
+    scales = torch.stack([*rounded.values()], -1) if fmt.has_offsets else rounded["scales"]
     scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
     return pack(weight.codes, scales, fmt.name)
 
 
-def _halves(numbers: torch.Tensor, name: str, what: str) -> torch.Tensor:
-    halves = numbers.half()
-    if not torch.equal(halves.to(numbers.dtype), numbers):
-        worst = float((halves.double() - numbers.double()).abs().max())
-        raise ValueError(f"{name} has {numbers.dtype} {what} that f16 does not hold, off by up to {worst:.1e}")
-    return halves
-
-
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
-    """The 4-bit format, with zeros or minima as the weight has them, of the largest group that divides its own."""
-    if weight.zeros is not None and weight.zeros.is_floating_point():
-        raise ValueError(f"{name} has zero points in {weight.zeros.dtype}; the kernels read whole ones")
-    kind = weight.bits, weight.zeros is not None, weight.minima is not None
-    formats = [fmt for fmt in FORMATS.values() if (fmt.bits, fmt.has_zeros, fmt.has_minima) == kind]
+    """The format of these codes and offsets with the largest group that divides the weight's."""
+    if weight.minima is not None:
+        offset = "minima"
+    elif weight.zeros is None:
+        offset = "constant"
+    else:
+        offset = "fractions" if weight.zeros.is_floating_point() else "zeros"
+    formats = [fmt for fmt in FORMATS.values() if (fmt.bits, fmt.offset) == (weight.bits, offset)]
+    if not formats:
+        known = ", ".join(sorted({f"{fmt.bits} bits with {fmt.offset}" for fmt in FORMATS.values()}))
+        raise ValueError(f"{name} has {weight.bits}-bit codes with {offset}; the kernels read {known}")
     fitting = [fmt for fmt in formats if weight.group_size % fmt.group_size == 0]
     if not fitting:
         known = ", ".join(str(fmt.group_size) for fmt in formats)

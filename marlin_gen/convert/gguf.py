@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from marlin_gen.checkpoints.gguf_llama import open_model
 from marlin_gen.convert.source import Source, Unit
 
@@ -15,7 +17,7 @@ def open_gguf(path: Path) -> Source:
         Unit(one.name.removesuffix(".weight") if one.is_quantised else one.name, one.nbytes, one.is_quantised, one.read)
         for one in tensors
     )
-    return Source(path, units, config, {"quant_method": "gguf"}, (path,), ())
+    return Source(path, units, config, {"quant_method": "gguf"}, torch.float16, (path,), ())
 
 
 def write_tokenizer(path: Path, folder: Path) -> str | None:

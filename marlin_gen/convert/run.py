@@ -18,10 +18,12 @@ from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.convert.shard import ShardWriter, about, is_intact, read_header, write_text
 from marlin_gen.convert.source import Source, Unit, open_source
 from marlin_gen.formats import LAYOUT_VERSION
+from marlin_gen.layout import PackedWeight
 from marlin_gen.nn import QuantLinear
 
 SHARD_BYTES = 2 << 30  # of the source; what a killed run may have to do again
 _HEADER_BYTES = 1024  # of a unit beside its name: three entries, its format or a reason
+ToLayout = Callable[[QuantizedWeight, str], "PackedWeight | Unheld"]
 Progress = Callable[[int, int, str], None]  # units done, units in all, what was last done
 
 
@@ -31,7 +33,7 @@ class Report:
 
     folder: Path
     formats: dict[str, str] = field(default_factory=dict)  # layer -> weight format
-    unheld: dict[str, str] = field(default_factory=dict)  # layer -> why it is in f16
+    unheld: dict[str, str] = field(default_factory=dict)  # layer -> why it is dequantised
     shards_kept: int = 0
     shards_written: int = 0
     nbytes: int = 0
@@ -43,16 +45,19 @@ def convert(
     folder: Path | str,
     keep_unsupported: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress = lambda done, total, said: None,
 ) -> Report:
     """The checkpoint at ``source_path`` (a folder of safetensors or a .gguf file) in the packed layout, in ``folder``.
 
-    Layers are repacked on ``device``, one at a time. A run that was stopped in any way is taken up: shards that are
-    whole are checked byte by byte and kept. config.json comes last: a folder that has it is complete.
+    Activations will be in ``dtype`` (float16 or bfloat16), to which scales are rounded; without it, in the type of the
+    checkpoint's scales, and every weight exactly. Layers are repacked on ``device``, one at a time. A run that was
+    stopped in any way is taken up: shards that are whole are checked byte by byte and kept. config.json comes last: a
+    folder that has it is complete.
 
     Raises ValueError with the name of a tensor that is damaged, of a layer that no kernel format holds (with
-    ``keep_unsupported`` those are written in f16, and one warning lists them), or of files that would be overwritten.
+    ``keep_unsupported`` those are written dequantised, and one warning lists them), or of files of others in ``folder``.
     """
     source, out = open_source(Path(source_path)), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,13 +68,18 @@ def convert(
         raise ValueError(f"{out / foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name"
                          " another folder")  # fmt: skip
 
+    activations = dtype or source.dtype
+
+    def to_layout(weight: QuantizedWeight, name: str) -> PackedWeight | Unheld:
+        return packed_or_dense(_moved(weight, device), name, activations, exact=dtype is None)
+
     parts = _parts(source.units, shard_bytes)
     names = _shard_names(len(parts))
     report = Report(out)
     done = 0
     for index, (name, units) in enumerate(zip(names, parts, strict=True)):
         path = out / name
-        identity = _identity(source, units, index, len(parts), keep_unsupported)
+        identity = _identity(source, units, [index, len(parts), keep_unsupported, str(dtype)])
         said = about(path)
         if said is not None and said["identity"] == identity and is_intact(path):
             report.shards_kept += 1
@@ -77,7 +87,7 @@ def convert(
             on_progress(done, len(source.units), f"{name} is whole")
         else:
             (out / "config.json").unlink(missing_ok=True)
-            said = _write(path, units, identity, keep_unsupported, device,
+            said = _write(path, units, identity, keep_unsupported, to_layout,
                           lambda count, what, done=done: on_progress(done + count, len(source.units), what))  # type: ignore[misc]  # fmt: skip
             report.shards_written += 1
             done += len(units)
@@ -87,7 +97,7 @@ def convert(
         (out / stale).unlink()  # of a run with other shards; those of others were refused above
     for left in out.glob("*.part"):
         left.unlink()
-    _finish(source, names, report)
+    _finish(source, names, report, activations)
     return report
 
 
@@ -96,19 +106,19 @@ def _write(
     units: Sequence[Unit],
     identity: str,
     keep_unsupported: bool,
-    device: torch.device | str,
+    to_layout: ToLayout,
     on_unit: Callable[[int, str], None],
 ) -> dict[str, Any]:
     formats: dict[str, str] = {}
     unheld: dict[str, str] = {}
     with ShardWriter(path, sum(_HEADER_BYTES + 5 * len(unit.name) for unit in units) + 4096) as shard:
         for count, unit in enumerate(units, 1):
-            said = _write_unit(shard, unit, device)
+            said = _write_unit(shard, unit, to_layout)
             if isinstance(said, Unheld):
                 if not keep_unsupported:
                     raise ValueError(
                         f"{unit.name}: {said.reason}. No kernel format holds this layer; with --keep-unsupported it is"
-                        " written in f16 and runs on cuBLAS"
+                        " written dequantised and runs on cuBLAS"
                     )
                 unheld[unit.name] = said.reason
             elif said is not None:
@@ -120,13 +130,13 @@ def _write(
     return found
 
 
-def _write_unit(shard: ShardWriter, unit: Unit, device: torch.device | str) -> str | Unheld | None:
+def _write_unit(shard: ShardWriter, unit: Unit, to_layout: ToLayout) -> str | Unheld | None:
     """The format of a layer; why it has none, without its weight; None for a plain tensor."""
     value = unit.read()
     if isinstance(value, torch.Tensor):
         shard.add(unit.name, value)
         return None
-    held = packed_or_dense(_moved(value, device), unit.name)
+    held = to_layout(value, unit.name)
     del value
     if isinstance(held, Unheld):
         shard.add(f"{unit.name}.weight", held.weight)
@@ -142,7 +152,7 @@ def _moved(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeig
     return QuantizedWeight(bits=weight.bits, group_size=weight.group_size, **moved)  # type: ignore[arg-type]
 
 
-def _finish(source: Source, names: Sequence[str], report: Report) -> None:
+def _finish(source: Source, names: Sequence[str], report: Report, dtype: torch.dtype) -> None:
     """The index, what is copied, and config.json."""
     out = report.folder
     where = {tensor: name for name in names for tensor in read_header(out / name)[0]}
@@ -163,16 +173,22 @@ def _finish(source: Source, names: Sequence[str], report: Report) -> None:
     quantization = {
         "quant_method": "marlin_gen",
         "layout_version": LAYOUT_VERSION,
+        "dtype": name_of(dtype),
         "formats": report.formats,
         "unheld": report.unheld,
         "source": source.quantization,
     }
-    config = {**source.config, "quantization_config": quantization}
+    config = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
+    config |= {"dtype": name_of(dtype), "quantization_config": quantization}
     write_text(out / "config.json", json.dumps(config, indent=1))
     if report.unheld:
         listed = "; ".join(f"{name} ({reason})" for name, reason in report.unheld.items())
         count = len(report.unheld)
-        warnings.warn(f"{count} layers are in f16, for no kernel format holds them: {listed}", stacklevel=3)
+        warnings.warn(f"{count} layers are in {dtype}, for no kernel format holds them: {listed}", stacklevel=3)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _parts(units: Sequence[Unit], shard_bytes: int) -> list[list[Unit]]:
@@ -194,9 +210,9 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
 
 
-def _identity(source: Source, units: Sequence[Unit], index: int, count: int, keep_unsupported: bool) -> str:
+def _identity(source: Source, units: Sequence[Unit], options: list[Any]) -> str:
     """What a finished shard must have been made of to be kept."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     parts = [(unit.name, unit.source_bytes, unit.is_layer) for unit in units]
-    made_of = [LAYOUT_VERSION, source.quantization, files, parts, index, count, keep_unsupported]
+    made_of = [LAYOUT_VERSION, source.quantization, files, parts, options]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.convert.shard import read_header
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".part")
+SCALES = ("scale", "scales", "weight_scale")  # a layer's, in any method
 CONFIGS = ("config.json", "quantize_config.json")
 
 
@@ -37,6 +38,7 @@ class Source:
     units: tuple[Unit, ...]
     config: dict[str, Any]  # config.json without quantization_config
     quantization: dict[str, Any]  # the quantization_config, or what stands for it
+    dtype: torch.dtype  # of activations, with which every weight can be exact: that of the scales
     files: tuple[Path, ...]  # that hold the weights
     copied: tuple[Path, ...]  # tokenizer and the like
 
@@ -56,14 +58,18 @@ def _open_folder(folder: Path) -> Source:
     config, quantization = _configs(folder)
     where: dict[str, Path] = {}
     sizes: dict[str, int] = {}
+    types: dict[str, str] = {}
     for file in weight_files(folder):
         for name, entry in read_header(file)[0].items():
             where[name] = file
             sizes[name] = entry["data_offsets"][1] - entry["data_offsets"][0]
+            types[name] = entry["dtype"]
     layers = quantised_layers(where, quantization.get("quant_method"))
     if not layers:
         method = quantization.get("quant_method")
         raise ValueError(f"{folder} has no tensor of a {method!r} layer: is its quantization_config the right one?")
+    scales = {types[f"{layer}.{last}"] for layer, lasts in layers.items() for last in lasts if last in SCALES}
+    dtype = torch.bfloat16 if scales == {"BF16"} else torch.float16
     units: dict[str, Unit] = {}
     for name in where:
         layer, _, last = name.rpartition(".")
@@ -80,7 +86,7 @@ def _open_folder(folder: Path) -> Source:
     copied = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
     copied = [p for p in copied if not p.name.endswith(WEIGHTS) and p.name not in CONFIGS]
     files = tuple(dict.fromkeys(where.values()))
-    return Source(folder, tuple(units.values()), config, quantization, files, tuple(copied))
+    return Source(folder, tuple(units.values()), config, quantization, dtype, files, tuple(copied))
 
 
 def _configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

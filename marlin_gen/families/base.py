@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from marlin_gen.arch import Arch, Gpu
@@ -27,14 +27,23 @@ class LaunchShape:
     operands: tuple[str, ...]  # of OPERANDS
     scalars: tuple[int, ...]
     a_box: tuple[int, int] = (0, 0)  # (tokens, k) of one TMA box of A, if "a_map" is an operand
+    a_tail_rows: int = 0  # tokens of a box of "a_tail_map": those of the last token tile
     c_box: tuple[int, int] = (0, 0)  # (tokens, features) of one TMA box of C, if "c_map" is an operand
     partials_bytes: int = 0  # fp32 scratch for split tiles; contents need not survive or be zeroed
     num_locks: int = 0  # int32 words, zero before the launch and zero again after it
 
+    def map_of(self, operand: str) -> tuple[str, tuple[int, int]] | None:
+        """Of a tensor-map operand the matrix, "a" or "c", and the (rows, columns) of its box; None of a pointer."""
+        return {
+            "a_map": ("a", self.a_box),
+            "a_tail_map": ("a", (self.a_tail_rows, self.a_box[1])),
+            "c_map": ("c", self.c_box),
+        }.get(operand)
+
 
 # Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the others
 # device pointers.
-OPERANDS = ("a_map", "c_map", "a", "c", "weight", "scales", "partials", "locks")
+OPERANDS = ("a_map", "a_tail_map", "c_map", "a", "c", "weight", "scales", "bias", "partials", "locks")
 
 
 class KernelFamily(Protocol):
@@ -59,7 +68,7 @@ class KernelFamily(Protocol):
         """A good plan without a table."""
         ...
 
-    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return: they are seeds of a search and ship prebuilt."""
         ...
 
@@ -86,13 +95,23 @@ class KernelFamily(Protocol):
         ...
 
 
+def fitted(
+    family: KernelFamily, configs: Iterable[KernelConfig], fmt: WeightFormat, arch: Arch
+) -> tuple[KernelConfig, ...]:
+    """The configs with as many stages as are legal for a format, up to their own; those that never are, are left out."""
+    found = []
+    for config in configs:
+        fewer = (replace(config, num_stages=stages) for stages in range(config.num_stages, 1, -1))
+        if legal := next((c for c in fewer if family.reject_reason(c, fmt, arch) is None), None):
+            found.append(legal)
+    return tuple(dict.fromkeys(found))
+
+
 def reject_format(fmt: WeightFormat) -> str | None:
     """Why no family decodes this format, as a sentence; None when they do."""
-    if fmt.has_minima:
-        return f"weight format {fmt.name} has minima, which no family decodes yet"
     # A packed word quad is 64 k: it lies in one group, or holds two.
-    if fmt.bits != 4 or (fmt.group_size % 64 and fmt.group_size != 32):
-        return f"weight format {fmt.name} is not of 4 bits in groups of 32 or of a multiple of 64"
+    if fmt.group_size % 64 and fmt.group_size != 32:
+        return f"weight format {fmt.name} is not in groups of 32 or of a multiple of 64"
     return None
 
 

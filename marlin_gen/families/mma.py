@@ -7,7 +7,7 @@ from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.base import LaunchShape, reject_format
+from marlin_gen.families.base import LaunchShape, fitted, reject_format
 from marlin_gen.formats import FORMATS, WeightFormat
 from marlin_gen.problem import Problem
 
@@ -105,10 +105,10 @@ class MmaFamily:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
         if reason := reject_format(fmt):
             return reason
-        if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_zeros):
+        if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_offsets):
             return (
                 f"dequant=deferred corrects the sums of {SLICE_K} k at once, for all rows alike; {fmt.name} has finer"
-                " groups, or zero points"
+                " groups, or offsets"
             )
         if rows * fmt.scale_bytes > MAX_SCALE_BYTES:
             most = MAX_SCALE_BYTES // fmt.scale_bytes
@@ -158,9 +158,9 @@ class MmaFamily:
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""
         configs = _DEFAULTS[arch.name]
-        if fmt.group_size % SLICE_K or fmt.has_zeros:
+        if fmt.group_size % SLICE_K or fmt.has_offsets:
             configs = tuple(replace(c, dequant="exact") for c in configs)
-        return tuple(c for c in configs if self.reject_reason(c, fmt, arch) is None)
+        return fitted(self, configs, fmt, arch)
 
     def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
         """The order is fixed: clusters that share rows are neighbours."""
@@ -175,7 +175,7 @@ class MmaFamily:
         slices = c.block_k // SLICE_K
         rows = _row_blocks(c)
         scales = -(-_ceil_div(c.block_k, fmt.group_size) * rows * 16 * fmt.scale_bytes // 128) * 128
-        stage = slices * (rows * 512 + c.block_m * 128) + scales
+        stage = slices * (rows * 128 * fmt.bits + c.block_m * 128) + scales
         row_bytes = c.warps_k * (c.block_n + 4) * 4  # fp32 sums of one token, padded against bank conflicts
         tokens = c.block_m
         while tokens % 16 == 0 and row_bytes * tokens > SUMS_BYTES:
@@ -200,7 +200,7 @@ class MmaFamily:
             threads=self.threads(config),
             smem_bytes=self.smem_bytes(config, FORMATS[problem.weight_format]),
             cluster=config.cluster_size,
-            operands=("a", "c", "weight", "scales"),
+            operands=("a", "c", "weight", "scales", "bias"),
             scalars=(problem.m, problem.n, problem.k, rows),
         )
 

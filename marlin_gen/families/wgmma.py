@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.base import LaunchShape, reject_format
+from marlin_gen.families.base import LaunchShape, fitted, reject_format
 from marlin_gen.formats import WeightFormat, weight_format
 from marlin_gen.problem import Problem
 
@@ -17,7 +16,7 @@ MAX_CONSUMERS = 4  # warpgroups; more leave each too few registers
 TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # written out in ptx/wgmma.cuh
 SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
 ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
-OPERANDS = ("a_map", "c_map", "weight", "scales", "partials", "locks")
+OPERANDS = ("a_map", "a_tail_map", "c_map", "weight", "scales", "bias", "partials", "locks")
 
 
 # Good without a table: winners of the H100 recording that between them cover it.
@@ -111,7 +110,8 @@ class WgmmaFamily:
 
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
         """Of the default configs that can serve the problem, the one with the least estimated work per SM."""
-        usable = [c for c in _DEFAULTS if self.reject_problem(c, problem) is None] or [_ANY_K]
+        configs = self.defaults(gpu.arch, weight_format(problem.weight_format)) or (*_DEFAULTS, _ANY_K)
+        usable = [c for c in configs if self.reject_problem(c, problem) is None] or [_ANY_K]
         config = min(usable, key=lambda c: self._work(c, problem, gpu.num_sms))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
 
@@ -133,8 +133,8 @@ class WgmmaFamily:
             return math.ceil(waves) * (tile / c.cluster_size + split)
         return math.ceil(waves) * tile
 
-    def defaults(self, arch: Arch, fmt: WeightFormat) -> Iterable[KernelConfig]:
-        return [c for c in (*_DEFAULTS, _ANY_K) if self.reject_reason(c, fmt, arch) is None]
+    def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
+        return fitted(self, (*_DEFAULTS, _ANY_K), fmt, arch)
 
     def rasters(self, config: KernelConfig, problem: Problem) -> tuple[int, ...]:
         tiles_m, tiles_n = -(-problem.m // config.block_m), -(-problem.n // config.block_n)
@@ -196,6 +196,7 @@ class WgmmaFamily:
             operands=OPERANDS,
             scalars=(problem.m, problem.n, problem.k, plan.raster),
             a_box=(c.block_m, SLAB_K),
+            a_tail_rows=(problem.m - 1) % c.block_m + 1,
             c_box=(c.block_m // c.cluster_size, 64),
             partials_bytes=grid * c.block_m * c.block_n * 4 if striped else 0,
             num_locks=grid * (c.block_n // 64) if striped else 0,

@@ -34,6 +34,7 @@ class MarlinGenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unheld: Mapping[str, str] | None = None,
         source: Mapping[str, Any] | None = None,
         layout_version: int = LAYOUT_VERSION,
+        dtype: str | None = None,
         quant_method: str = METHOD,
         **rest: Any,
     ) -> None:
@@ -48,6 +49,7 @@ class MarlinGenConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.weight_format, self.skip = weight_format, list(skip)
         self.formats = None if formats is None else dict(formats)
-        self.unheld = dict(unheld or {})  # layer -> why it is a float nn.Linear
+        self.unheld = dict(unheld or {})  # layer -> why it is an nn.Linear
         self.source = None if source is None else dict(source)
         self.layout_version = layout_version
+        self.dtype = dtype  # of the packed layers' activations, with ``formats``

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marlin_gen.checkpoints.fallback import Unheld, dense_halves, packed_or_dense
+from marlin_gen.checkpoints.fallback import Unheld, dense, packed_or_dense
 from marlin_gen.checkpoints.gguf_llama import open_model
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.nn import QuantLinear
@@ -49,7 +49,7 @@ def from_gguf(
                 unheld[layer] = held.reason
                 value = held.weight
             else:
-                value = dense_halves(value, layer)
+                value = dense(value, layer)
         _set_parameter(model, one.name, value.to(device, dtype))
     model.tie_weights()
     _fill_buffers(model, config, device)

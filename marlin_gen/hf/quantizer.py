@@ -15,6 +15,7 @@ from transformers.utils import logging
 from marlin_gen.checkpoints.names import quantised_layers
 from marlin_gen.hf.config import METHOD, MarlinGenConfig
 from marlin_gen.hf.staged import Staged, header_entries
+from marlin_gen.layout import SCALE_DTYPES
 from marlin_gen.nn import QuantLinear
 from marlin_gen.replace import quantize_model
 
@@ -30,14 +31,19 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: MarlinGenConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.dtype = torch.float16
         if self.pre_quantized and quantization_config.formats is None and quantization_config.source is None:
             raise ValueError("the checkpoint's quantization_config names no layers: convert it again")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The kernels take f16 activations."""
-        if dtype != torch.float16:
-            logger.info(f"marlin_gen: dtype {dtype} becomes torch.float16, the type of the kernels' activations")
-        return torch.float16
+        """Activations are float16 or bfloat16; of a packed checkpoint, those that it was packed for."""
+        wanted = dtype if dtype in SCALE_DTYPES else torch.float16
+        if self.quantization_config.formats is not None and self.quantization_config.dtype is not None:
+            wanted = getattr(torch, self.quantization_config.dtype)
+        if dtype not in (wanted, torch.float32):  # float32 is what not asking for one means to older releases
+            logger.warning(f"marlin_gen: dtype {dtype} becomes {wanted}, the type of the layers' activations")
+        self.dtype = wanted
+        return wanted
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -48,7 +54,7 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.formats is not None:
             for name, weight_format in config.formats.items():
                 self._replace(model, name, lambda linear, fmt=weight_format: QuantLinear(
-                    linear.in_features, linear.out_features, linear.bias is not None, fmt, device="meta"
+                    linear.in_features, linear.out_features, linear.bias is not None, fmt, "meta", self.dtype
                 ))  # fmt: skip
             return
         if not checkpoint_files:
@@ -57,7 +63,9 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         entries = header_entries(checkpoint_files)
         for layer, lasts in quantised_layers(entries, config.source.get("quant_method")).items():
             tensors = {last: entries[f"{layer}.{last}"] for last in lasts}
-            self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(layer, tensors, linear))
+            self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(
+                layer, tensors, linear, self.dtype
+            ))  # fmt: skip
 
     def _replace(self, model: nn.Module, name: str, make: Any) -> None:
         """Put ``make(linear)`` where ``model`` has the nn.Linear that a checkpoint calls ``name``."""
@@ -81,6 +89,7 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
+        config.dtype = str(self.dtype).removeprefix("torch.")
         if not self.pre_quantized:
             found = quantize_model(model, config.weight_format, config.skip)
             logger.info(str(found))
@@ -101,7 +110,7 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
                 listed = "; ".join(f"{name} ({reason})" for name, reason in config.unheld.items())
                 warnings.warn(
                     f"marlin_gen: {len(config.unheld)} of {len(config.unheld) + len(config.formats)} quantised layers"
-                    f" run as nn.Linear in f16, for no kernel format holds them: {listed}",
+                    f" run as nn.Linear in {config.dtype}, for no kernel format holds them: {listed}",
                     stacklevel=2,
                 )
         return model

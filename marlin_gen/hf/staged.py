@@ -25,17 +25,17 @@ Entries = dict[str, tuple[torch.dtype, list[int]]]
 class Staged(nn.Module):
     """Holds the tensors of one quantised layer as buffers of the checkpoint's own names, types and shapes."""
 
-    def __init__(self, name: str, entries: Entries, linear: nn.Linear) -> None:
+    def __init__(self, name: str, entries: Entries, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.name, self.names = name, tuple(entries)
+        self.name, self.names, self.dtype = name, tuple(entries), dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for key, (dtype, shape) in entries.items():
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
-        bias = None if linear.bias is None else torch.empty(linear.out_features, dtype=torch.float16, device="meta")
+        bias = None if linear.bias is None else torch.empty(linear.out_features, dtype=dtype, device="meta")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def finished(self, config: Mapping[str, Any]) -> tuple[nn.Module, str]:
-        """(a QuantLinear, "") or, where no kernel format holds the weight, (an nn.Linear in f16, why).
+        """(a QuantLinear, "") or, where no kernel format holds the weight, (a dequantised nn.Linear, why).
 
         A ValueError names a damaged layer, or one of other sizes than the model's.
         """
@@ -49,7 +49,7 @@ class Staged(nn.Module):
                 f"{self.name} is {weight.n} x {weight.k} in the checkpoint, {self.out_features} x {self.in_features} in"
                 " the model: config.json is of another model"
             )
-        held = packed_or_dense(weight, self.name)
+        held = packed_or_dense(weight, self.name, self.dtype, exact=False)
         if not isinstance(held, Unheld):
             return QuantLinear.from_packed(held, self.bias), ""
         linear = nn.Linear(weight.k, weight.n, bias=False, device="meta")

@@ -17,6 +17,7 @@ from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.formats import DEFAULT_FORMAT, FORMATS
 from marlin_gen.layout import PackedWeight, pack
+from marlin_gen.operands import random_weight
 from marlin_gen.problem import Problem
 from marlin_gen.reference import dequantize
 from marlin_gen.render import render
@@ -41,8 +42,8 @@ class _Span(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_longlong))
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Span:
-        return cls(tensor.data_ptr(), tensor.nbytes)
+    def of(cls, tensor: torch.Tensor | None) -> _Span:
+        return cls() if tensor is None else cls(tensor.data_ptr(), tensor.nbytes)
 
 
 class _Request(ctypes.Structure):
@@ -56,8 +57,9 @@ class _Request(ctypes.Structure):
         ("fault", ctypes.c_int),
         ("a_box", ctypes.c_int * 2),
         ("c_box", ctypes.c_int * 2),
+        ("a_tail_rows", ctypes.c_int),
         ("scalars", ctypes.c_int * 4),
-        *((name, _Span) for name in ("a", "c", "weight", "scales", "partials", "locks")),
+        *((name, _Span) for name in ("a", "c", "weight", "scales", "bias", "partials", "locks")),
     )
 
 
@@ -66,10 +68,10 @@ class EmulatedKernel:
 
     def __init__(
         self, config: KernelConfig, folder: Path, edit: Callable[[str], str] = lambda text: text,
-        weight_format: str = DEFAULT_FORMAT,
+        weight_format: str = DEFAULT_FORMAT, act_dtype: str = "f16",
     ) -> None:  # fmt: skip
         self.config = config
-        self.spec = KernelSpec(config, weight_format, "f16", "sm_90a")
+        self.spec = KernelSpec(config, weight_format, act_dtype, "sm_90a")
         self._family = FAMILIES.of(config)
         source = render(self.spec)
         text = self._with_emulated_shared_memory(edit(source.text)) + self._entry(source.symbol)
@@ -98,7 +100,7 @@ class EmulatedKernel:
     def __call__(
         self, a: torch.Tensor, packed: PackedWeight, max_clusters: int, *,
         seed: int, copies: str, resident: int | None = None, raster: int = 1, dependent: bool | None = None,
-        fault: int = 0,
+        fault: int = 0, bias: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """C (m, n) of A (m, k); what the kernel does not write is NaN.
 
@@ -107,7 +109,7 @@ class EmulatedKernel:
         emulator::request.fault. Raises RuntimeError for what hardware would not forgive (deadlocks, races with
         copies, memory that is not the kernel's) or would not tell (writes around C, locks left behind).
         """
-        assert packed.weight_format == self.spec.weight_format
+        assert packed.weight_format == self.spec.weight_format and a.dtype == packed.dtype
         config, problem = self.config, Problem(packed.n, packed.k, a.shape[0], packed.weight_format)
         shape = self._family.launch_shape(Plan(config, raster), problem, max_clusters, max_clusters)
         guarded = torch.full((problem.m * problem.n + 2 * _GUARD,), _UNWRITTEN, dtype=torch.int16)
@@ -118,8 +120,8 @@ class EmulatedKernel:
             shape.grid, shape.threads, shape.cluster, resident or max_clusters, shape.smem_bytes,
             self._family.max_registers(config, self.spec.arch_row) // 8 * 8, seed, COPIES.index(copies),
             seed % 2 if dependent is None else dependent, fault,
-            shape.a_box, shape.c_box, shape.scalars,
-            *map(_Span.of, (a, c, packed.weight, packed.scales, partials, locks)),
+            shape.a_box, shape.c_box, shape.a_tail_rows, shape.scalars,
+            *map(_Span.of, (a, c, packed.weight, packed.scales, bias, partials, locks)),
         )  # fmt: skip
         fault = self._emulate(ctypes.byref(request))
         if fault:
@@ -128,21 +130,16 @@ class EmulatedKernel:
             raise RuntimeError(f"{config.key}: wrote around C")
         if bool(locks.any()):
             raise RuntimeError(f"{config.key}: locks are not zero after the launch: {locks.tolist()}")
-        return c.view(torch.float16).view(problem.m, problem.n)
+        return c.view(a.dtype).view(problem.m, problem.n)
 
 
 def random_problem(
-    m: int, n: int, k: int, weight_format: str = DEFAULT_FORMAT
+    m: int, n: int, k: int, weight_format: str = DEFAULT_FORMAT, dtype: torch.dtype = torch.float16
 ) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
     """A (m, k), a packed random weight, and that weight dense in fp32 (n, k)."""
-    group = FORMATS[weight_format].group_size
     generator = torch.Generator().manual_seed(m * n + k)
-    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(n, k // group, generator=generator) * 0.02 + 0.005).half()
-    a = torch.randn(m, k, generator=generator).half()
-    if FORMATS[weight_format].has_zeros:
-        zeros = torch.randint(0, 17, scales.shape, generator=generator).half()
-        scales = torch.stack([scales, zeros], -1)
+    codes, scales = random_weight(n, k, FORMATS[weight_format], dtype, generator=generator)
+    a = torch.randn(m, k, generator=generator).to(dtype)
     return a, pack(codes, scales, weight_format), dequantize(codes, scales, weight_format, torch.float32)
 
 

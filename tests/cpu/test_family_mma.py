@@ -12,7 +12,7 @@ from emulation import EmulatedKernel, needs_gxx, random_problem, relative_error
 from marlin_gen.arch import ARCHS, Gpu
 from marlin_gen.config import KernelConfig, Plan
 from marlin_gen.families.mma import MMA
-from marlin_gen.formats import FORMATS
+from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.problem import Problem
 
 FORMAT = FORMATS["u4b8g128"]
@@ -25,6 +25,9 @@ GPUS = (
 )
 SHAPES = ((64, 128), (6144, 4096), (4096, 14336), (28672, 8192), (192, 640))
 TOKENS = (1, 8, 9, 16, 33, 64, 1000)
+# The offsets and bits of the registry by both number types, each in the groups that are hardest, or corrected afterwards.
+KINDS = [(f.name, "exact", act) for f in FORMATS.values() if f.group_size == 32 for act in DTYPES]
+KINDS += [("u4b8g128", "deferred", "bf16"), ("u8b128g128", "deferred", "f16"), ("u8b128g128", "deferred", "bf16")]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_identity_gives_the_dequantised_weight(tmp_path: Path) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("weight_format", sorted(FORMATS))
+@pytest.mark.parametrize("weight_format", ["u4b8g128", "u4b8g64", "u4b8g32", "u4zg32"])
 @pytest.mark.parametrize("block_k", [64, 128, 256])
 @pytest.mark.parametrize("dequant", ["exact", "deferred"])
 def test_group_sizes(block_k: int, dequant: str, weight_format: str, tmp_path: Path) -> None:
@@ -139,6 +142,22 @@ def test_group_sizes(block_k: int, dequant: str, weight_format: str, tmp_path: P
     a, packed, dense = random_problem(7, 128, k, weight_format)
     kernel = EmulatedKernel(config, tmp_path, weight_format=weight_format)
     assert relative_error(kernel(a, packed, 2, seed=5, copies="late"), a.float() @ dense.T) < 1e-3
+
+
+@needs_gxx
+@pytest.mark.parametrize(("weight_format", "dequant", "act_dtype"), KINDS)
+def test_every_kind_of_number(weight_format: str, dequant: str, act_dtype: str, tmp_path: Path) -> None:
+    dtype = getattr(torch, DTYPES[act_dtype].torch_name)
+    config = replace(BASE, block_n=32, warps_k=2, num_stages=2, dequant=dequant)
+    kernel = EmulatedKernel(config, tmp_path, weight_format=weight_format, act_dtype=act_dtype)
+    a, packed, dense = random_problem(7, 64, 320 if "g32" in weight_format else 384, weight_format, dtype)
+    bias = torch.randn(64).to(dtype)
+    expected = a.float() @ dense.T + bias.float()
+    limit = 1e-3 if act_dtype == "f16" else 4e-3
+    assert relative_error(kernel(a, packed, 2, seed=5, copies="late", bias=bias), expected) < limit
+    if dequant == "exact":
+        identity = torch.eye(packed.k).to(dtype)
+        assert torch.equal(kernel(identity, packed, 2, seed=6, copies="late"), dense.to(dtype).T)
 
 
 @needs_gxx

@@ -54,11 +54,11 @@ def as_halves(weight, heads):
     return weight[rows]
 
 
-def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, **changes):
+def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABULARY, **changes):
     """The model with the weights that gguf's own dequantising gives, rounded to f16."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=tied,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, **changes):
     writer = library.GGUFWriter(path, "llama")
     fields = {"block_count": LAYERS, "embedding_length": HIDDEN, "feed_forward_length": INNER, "context_length": 128,
               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": 64,
-              "vocab_size": VOCABULARY, **changes}  # fmt: skip
+              "vocab_size": vocabulary, **changes}  # fmt: skip
     for key, value in fields.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{key}", value)
     writer.add_float32("llama.rope.freq_base", 100000.0)
@@ -176,12 +176,11 @@ def test_the_readme_s_five_lines(smol, tmp_path, capsys):
 
 
 def test_q4_0_and_an_untied_head(tmp_path):
-    """The head is Q8_0 here: unless a kernel holds it, it runs in f16, with a warning."""
     dense = write(tmp_path / "a.gguf", tied=False, linear=Kind.Q4_0)
-    with pytest.warns(UserWarning, match=r"marlin_gen: 1 layers run as nn.Linear in f16, .*: lm_head \("):
-        model = hf.from_gguf(tmp_path / "a.gguf")
-    assert {model.get_submodule(name).weight_format for name in quantised(model)} == {"u4b8g32"}
-    assert isinstance(model.lm_head, nn.Linear)
+    model = hf.from_gguf(tmp_path / "a.gguf")
+    formats = {name: model.get_submodule(name).weight_format for name in quantised(model)}
+    assert formats.pop("lm_head") == "u8b128g32" and set(formats.values()) == {"u4b8g32"}
+    assert len(formats) == 7 * LAYERS
     assert difference(logits(model), logits(dense)) < 3e-3
 
 
@@ -198,6 +197,13 @@ def test_another_model_than_its_metadata_say_is_refused(tmp_path, changes, says)
     write(tmp_path / "a.gguf", **changes)
     with pytest.raises(ValueError, match=says):
         hf.from_gguf(tmp_path / "a.gguf")
+
+
+def test_a_head_that_no_format_holds_runs_dequantised_with_a_warning(tmp_path):
+    dense = write(tmp_path / "a.gguf", tied=False, vocabulary=300)
+    with pytest.warns(UserWarning, match=r"marlin_gen: 1 layers run as nn.Linear in f16, .*: lm_head \(n=300 is not"):
+        model = hf.from_gguf(tmp_path / "a.gguf")
+    assert type(model.lm_head) is nn.Linear and difference(logits(model), logits(dense)) < 3e-3
 
 
 def test_unknown_tensors_and_architectures_are_refused(tmp_path):

@@ -17,9 +17,10 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kDeferred;
-  // The weight format: weight = (code - zero point) * scale[row][k / kGroupSize].
+  // The type of activations, scales and outputs, and the weight format: see WeightFormat in formats.py.
+  static constexpr bool kIsBf16 = false;
   static constexpr int kBits = 4;
-  static constexpr bool kHasZeros = false;
+  static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
 
@@ -49,11 +50,14 @@ struct Config {
 namespace {
 
 using namespace marlin_gen;
-using Decode = DecoderOf<Config::kHasZeros>::Type;
+using Number = NumberOf<Config::kIsBf16>::Type;
+using Decode = Decoder<Number, Config::kBits, Config::kOffset>;
 
 constexpr int kSliceK = 64;  // k of a packed tile, of a 128-byte row of activations, and of four mma steps
-constexpr int kTileBytes = 2048, kRowBlockBytes = 512;  // packed weights of 64 x 64, and of 16 x 64
-constexpr int kRowBlockScaleBytes = 8 * Decode::kPairBytes, kTileScaleBytes = 4 * kRowBlockScaleBytes;  // of 16 rows and of 64
+constexpr int kPlanes = Decode::kWords;              // a lane's 16 bytes, 32 times, of 16 x 64 packed weights
+constexpr int kRowBlockBytes = kPlanes * 512, kTileBytes = 4 * kRowBlockBytes;  // packed weights of 16 x 64, and of 64 x 64
+constexpr int kPairBytes = Decode::Group::kBytes;    // scales of rows g and g + 8
+constexpr int kRowBlockScaleBytes = 8 * kPairBytes, kTileScaleBytes = 4 * kRowBlockScaleBytes;  // of 16 rows and of 64
 constexpr int kScaleLanes = kRowBlockScaleBytes / 16;  // that copy a row block's
 
 constexpr int kWarps = Config::kThreads / 32;
@@ -91,9 +95,9 @@ using Accumulators = float[kRowBlocks][kTokenBlocks][4];
 
 static_assert(sizeof(SharedStorage) == Config::kSmemBytes, "the host computes another size of shared memory");
 static_assert(Config::kThreads == 32 * Config::kWarpsN * Config::kWarpsK, "the host launches another number of threads");
-static_assert(Config::kBits == 4, "the decoder reads 4-bit codes");
+static_assert(kRowBlockBytes == 16 * kSliceK * Config::kBits / 8, "the decoder reads other codes");
 static_assert(Config::kGroupSize % kSliceK == 0 || kSliceK % Config::kGroupSize == 0, "a slice holds whole groups, or lies in one");
-static_assert(!kDeferred || (kSliceGroups == 1 && !Config::kHasZeros), "a slice is corrected and scaled as a whole");
+static_assert(!kDeferred || (kSliceGroups == 1 && Config::kOffset == Offset::kConstant), "a slice is corrected and scaled as a whole");
 static_assert(kRowBlocks * kScaleLanes <= 32, "a lane copies 16 bytes of scales at most");
 static_assert(Config::kGroupSize % Config::kBlockK == 0 || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");
@@ -201,11 +205,15 @@ struct Loader {
       u8 const* source = pass_weight + u32(k / kSliceK) * kTileBytes;
 #pragma unroll
       for (int i = 0; i < kRowBlocks; ++i) {
-        u32 const target = smem + (slice * kRowBlocks + i) * kRowBlockBytes + share.lane * 16;
-        if constexpr (kStagesFillK) {
-          ptx::cp_async_16_hint(target, source + row_offset[i], policy);
-        } else {
-          ptx::cp_async_16_zfill_hint(target, source + row_offset[i], inside(k) ? 16 : 0, policy);
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          u32 const target = smem + (slice * kRowBlocks + i) * kRowBlockBytes + plane * 512 + share.lane * 16;
+          u8 const* const from = source + row_offset[i] + plane * 512;
+          if constexpr (kStagesFillK) {
+            ptx::cp_async_16_hint(target, from, policy);
+          } else {
+            ptx::cp_async_16_zfill_hint(target, from, inside(k) ? 16 : 0, policy);
+          }
         }
       }
     }
@@ -269,19 +277,19 @@ __device__ __forceinline__ void load_activations(Activations& b, u32 smem, int l
 }
 
 // acc += decode(words) * b, zero point and scales applied to each weight.
-__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], Decode::Group const (&groups)[kSliceGroups],
+__device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u32 const (&words)[4 * kPlanes], typename Decode::Group const (&groups)[kSliceGroups],
                                                Activations const& b) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     u32 fragment[4];
-    Decode::exact(words[step], groups[step * kSliceGroups / 4], fragment);
+    Decode::exact(words + step * kPlanes, groups[step * kSliceGroups / 4], fragment);
 #pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) ptx::mma_m16n8k16_f16(acc[j], fragment, b[step][j][0], b[step][j][1]);
+    for (int j = 0; j < kTokenBlocks; ++j) Number::mma(acc[j], fragment, b[step][j][0], b[step][j][1]);
   }
 }
 
 // The same with raw codes in the fragment. Their sums start at `zero`, the correction for the zero point, and are scaled in fp32.
-__device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4], u32 const (&words)[4], u32 scales, Activations const& b,
+__device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4], u32 const (&words)[4 * kPlanes], u32 scales, Activations const& b,
                                                   float const (&zero)[kTokenBlocks][4]) {
   float raw[kTokenBlocks][4];
 #pragma unroll
@@ -291,11 +299,11 @@ __device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4],
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     u32 fragment[4];
-    Decode::raw(words[step], fragment);
+    Decode::raw(words + step * kPlanes, fragment);
 #pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) ptx::mma_m16n8k16_f16(raw[j], fragment, b[step][j][0], b[step][j][1]);
+    for (int j = 0; j < kTokenBlocks; ++j) Number::mma(raw[j], fragment, b[step][j][0], b[step][j][1]);
   }
-  float const scale_g = ptx::low_f32(scales), scale_g8 = ptx::high_f32(scales) * Decode::kRawHighScale;
+  float const scale_g = Number::low(scales), scale_g8 = Number::high(scales) * Decode::kRawHighScale;
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll
@@ -304,34 +312,38 @@ __device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4],
 
 // What raw codes are too large by, times the activations, for rows g and g + 8: the same for every row block of a slice.
 __device__ __forceinline__ void multiply_zero(float (&zero)[kTokenBlocks][4], Activations const& b) {
-  u32 const zero_g = ptx::pack_f16x2(-kRawZero, -kRawZero), zero_g8 = ptx::pack_f16x2(-kRawHighZero, -kRawHighZero);
+  u32 const zero_g = Number::pack(-kRawZero, -kRawZero), zero_g8 = Number::pack(-kRawHighZero, -kRawHighZero);
   u32 const fragment[4] = {zero_g, zero_g8, zero_g, zero_g8};
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll
-    for (int step = 0; step < 4; ++step) ptx::mma_m16n8k16_f16(zero[j], fragment, b[step][j][0], b[step][j][1]);
+    for (int step = 0; step < 4; ++step) Number::mma(zero[j], fragment, b[step][j][0], b[step][j][1]);
 }
 
 __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int lane) {
 #pragma unroll kUnrolledSlices
   for (int slice = 0; slice < kSlices; ++slice) {
     u32 const weight = stage + slice * kRowBlocks * kRowBlockBytes + lane * 16;
-    u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * Decode::kPairBytes;
+    u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * kPairBytes;
     Activations b;
     load_activations(b, stage + kStageA + slice * kSliceABytes, lane);
     float zero[kTokenBlocks][4] = {};
     if constexpr (kDeferred) multiply_zero(zero, b);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-      u32x4 const quad = ptx::ld_shared_v4(weight + i * kRowBlockBytes);
-      u32 const words[4] = {quad.x, quad.y, quad.z, quad.w};
+      u32 words[4 * kPlanes];
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        u32x4 const quad = ptx::ld_shared_v4(weight + i * kRowBlockBytes + plane * 512);
+        words[plane * 4] = quad.x, words[plane * 4 + 1] = quad.y, words[plane * 4 + 2] = quad.z, words[plane * 4 + 3] = quad.w;
+      }
       if constexpr (kDeferred) {
         multiply_deferred(acc[i], words, ptx::ld_shared_u32(scales + i * kRowBlockScaleBytes), b, zero);
       } else {
-        Decode::Group groups[kSliceGroups];
+        typename Decode::Group groups[kSliceGroups];
 #pragma unroll
         for (int group = 0; group < kSliceGroups; ++group)
-          groups[group] = Decode::load(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
+          groups[group] = Decode::Group::load(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
         multiply_exact(acc[i], words, groups, b);
       }
     }
@@ -380,16 +392,25 @@ __device__ __forceinline__ f32x4 sum_over_cluster(u32 sums, int quad) {
   return sum;
 }
 
-__device__ __forceinline__ void store_quad(u16* c, Share const& share, int pass, int first_token, int quad, f32x4 sum) {
+struct Output {
+  u16* c;
+  u16 const* bias;  // [n], or null
+};
+
+__device__ __forceinline__ void store_quad(Output output, Share const& share, int pass, int first_token, int quad, f32x4 sum) {
   int const token = share.token_begin + first_token + quad / kQuadsPerToken;
   int const feature = share.row_block_begin * 16 + pass * Config::kBlockN + quad % kQuadsPerToken * 4;
-  if (token < share.m && feature < share.row_block_end * 16)
-    *reinterpret_cast<u64*>(c + u64(token) * u32(share.n) + feature) =
-        u64(ptx::pack_f16x2(sum.z, sum.w)) << 32 | ptx::pack_f16x2(sum.x, sum.y);
+  if (token >= share.m || feature >= share.row_block_end * 16) return;
+  if (output.bias) {
+    u16 const* const bias = output.bias + feature;
+    sum = add(sum, {Number::low(bias[0]), Number::low(bias[1]), Number::low(bias[2]), Number::low(bias[3])});
+  }
+  *reinterpret_cast<u64*>(output.c + u64(token) * u32(share.n) + feature) =
+      u64(Number::pack(sum.z, sum.w)) << 32 | Number::pack(sum.x, sum.y);
 }
 
-// Adds up the sums of all warps, and of all blocks of the cluster, and stores them as fp16.
-__device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulators const& acc, Share const& share, int pass, u16* c) {
+// Adds up the sums of all warps, and of all blocks of the cluster, adds the bias and stores them.
+__device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulators const& acc, Share const& share, int pass, Output output) {
   u32 const sums = ptx::smem_address(smem.sums);
 #pragma unroll
   for (int first_token = 0; first_token < Config::kBlockM; first_token += kSumTokens) {
@@ -398,7 +419,7 @@ __device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulato
     __syncthreads();
     if constexpr (Config::kClusterSize == 1) {
       for (int quad = threadIdx.x; quad < kQuads; quad += Config::kThreads)
-        store_quad(c, share, pass, first_token, quad, sum_over_warps(sums, quad));
+        store_quad(output, share, pass, first_token, quad, sum_over_warps(sums, quad));
     } else {
       for (int quad = threadIdx.x; quad < kQuads; quad += Config::kThreads)
         ptx::st_shared_f32x4(sums + quad_offset(quad), sum_over_warps(sums, quad));
@@ -406,7 +427,7 @@ __device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulato
       constexpr int kQuadsPerBlock = ceil_div(kQuads, Config::kClusterSize);
       int const end = min((share.rank + 1) * kQuadsPerBlock, kQuads);
       for (int quad = share.rank * kQuadsPerBlock + threadIdx.x; quad < end; quad += Config::kThreads)
-        store_quad(c, share, pass, first_token, quad, sum_over_cluster(sums, quad));
+        store_quad(output, share, pass, first_token, quad, sum_over_cluster(sums, quad));
       ptx::barrier_cluster_sync();  // no block overwrites its sums, or ends, while another reads them
     }
   }
@@ -414,11 +435,11 @@ __device__ __forceinline__ void reduce_and_store(SharedStorage& smem, Accumulato
 
 }  // namespace
 
-// A (m,k) and C (m,n) are fp16, weight and scales are packed. The grid is
+// A (m,k), C (m,n) and bias (n), if not null, are of Number's type, weight and scales are packed. The grid is
 // ceil(n / 16 / row_blocks_per_cluster) * ceil(m / kBlockM) clusters.
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    mma_m8n32k128_w1x8_s4_b1_c1_tiles_deferred_u4b8g128(u16 const* __restrict__ a, u16* __restrict__ c, u8 const* __restrict__ weight, u8 const* __restrict__ scales,
-        int m, int n, int k, int row_blocks_per_cluster, int dependent) {
+    mma_m8n32k128_w1x8_s4_b1_c1_tiles_deferred_u4b8g128_f16(u16 const* __restrict__ a, u16* __restrict__ c, u8 const* __restrict__ weight, u8 const* __restrict__ scales,
+        u16 const* __restrict__ bias, int m, int n, int k, int row_blocks_per_cluster, int dependent) {
   extern __shared__ __align__(1024) u8 smem_bytes[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_bytes);
   Share const share(m, n, k, row_blocks_per_cluster);
@@ -444,7 +465,7 @@ extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPe
       loader.load(ring + stage * kStageBytes);
       stage = stage + 1 == Config::kNumStages ? 0 : stage + 1;
     }
-    reduce_and_store(smem, acc, share, pass, c);
+    reduce_and_store(smem, acc, share, pass, {c, bias});
   }
   ptx::cp_async_wait_group<0>();
 }

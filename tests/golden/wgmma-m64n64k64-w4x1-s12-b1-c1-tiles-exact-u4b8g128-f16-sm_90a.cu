@@ -17,9 +17,10 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
-  // The weight format: weight = (code - zero point) * scale[row][k / kGroupSize].
+  // The type of activations, scales and outputs, and the weight format: see WeightFormat in formats.py.
+  static constexpr bool kIsBf16 = false;
   static constexpr int kBits = 4;
-  static constexpr bool kHasZeros = false;
+  static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
 
@@ -48,7 +49,8 @@ struct Config {
 
 namespace marlin_gen {
 
-using Decode = DecoderOf<Config::kHasZeros>::Type;
+using Number = NumberOf<Config::kIsBf16>::Type;
+using Decode = Decoder<Number, Config::kBits, Config::kOffset>;
 using ptx::TensorMap;
 
 constexpr int kWarpgroup = 128;                // threads
@@ -66,7 +68,8 @@ constexpr int kEarlyStages = 2;  // whose weights a dependent launch asks for be
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
 constexpr int kSlabBytes = Config::kBlockM * 128;
 constexpr int kWeightTileBytes = 64 * 64 * Config::kBits / 8;
-constexpr int kScaleTileBytes = 32 * Decode::kPairBytes;
+constexpr int kPairBytes = Decode::Group::kBytes;  // scales of rows g and g + 8
+constexpr int kScaleTileBytes = 32 * kPairBytes;
 constexpr int kWeightsAt = kSlabs * kSlabBytes;  // inside a stage: activations first
 constexpr int kScalesAt = kWeightsAt + kRowTiles * kSlabs * kWeightTileBytes;
 constexpr int kLoadedBytes = kScalesAt + kRowTiles * kGroups * kScaleTileBytes;
@@ -201,7 +204,19 @@ struct Weights {
   }
 };
 
-__device__ __forceinline__ void produce(TensorMap const& a_map, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers,
+// Activations by token tile. The last tile has a map of its own, whose boxes end with the last token: rows of a box past the end of
+// A cost more than rows that are there (4096x4096 m=65 in tiles of 64: 19.7 us, m=128: 10.4). What lies there in shared memory
+// becomes sums of tokens that are not stored.
+struct Activations {
+  TensorMap const &map, &tail_map;
+  int tail_tile, tail_rows;
+  __device__ __forceinline__ bool is_tail(int tile_m) const { return tile_m == tail_tile; }
+  __device__ __forceinline__ TensorMap const* of(int tile_m) const { return is_tail(tile_m) ? &tail_map : &map; }
+  // Fewer than of a whole stage.
+  __device__ __forceinline__ int missing_bytes(int tile_m) const { return is_tail(tile_m) ? (Config::kBlockM - tail_rows) * kSlabs * 128 : 0; }
+};
+
+__device__ __forceinline__ void produce(Activations a, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers,
                                         bool dependent) {
   RingPosition at(0);
   at.phase = 1;  // a fresh barrier's previous phase counts as complete: all stages start empty
@@ -209,11 +224,13 @@ __device__ __forceinline__ void produce(TensorMap const& a_map, Weights weights,
   for (Piece piece; walk.next(piece);) {
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
+    TensorMap const* const a_map = a.of(tile_m);
+    int const loaded_bytes = kLoadedBytes - a.missing_bytes(tile_m);
     int const end = piece.first + piece.count;
     for (int block = piece.first; block < end; ++block, at.advance<1>()) {
       u32 const full = barriers.full(at.stage);
       ptx::mbarrier_wait(barriers.empty(at.stage), at.phase);
-      ptx::mbarrier_arrive_expect_tx(full, kLoadedBytes);
+      ptx::mbarrier_arrive_expect_tx(full, loaded_bytes);
       weights.load(smem + at.stage * kStageBytes, full, tile_n, block);  // before the activations: after them is up to 6 % slower
       int stage = at.stage;
       if (first_round) {
@@ -227,7 +244,7 @@ __device__ __forceinline__ void produce(TensorMap const& a_map, Weights weights,
       for (; stage <= at.stage; ++stage) {
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
-          ptx::cp_async_bulk_tensor_2d_load(smem + stage * kStageBytes + slab * kSlabBytes, &a_map,
+          ptx::cp_async_bulk_tensor_2d_load(smem + stage * kStageBytes + slab * kSlabBytes, a_map,
                                             ((block - at.stage + stage) * kSlabs + slab) * 64, tile_m * Config::kBlockM, barriers.full(stage));
         }
       }
@@ -249,17 +266,22 @@ struct Consumer {
   template <int kBuffer>
   __device__ __forceinline__ void decode(int stage) {
     u32 const base = smem + stage * kStageBytes;
-    u32 const weights = base + kWeightsAt + row_tile * kSlabs * kWeightTileBytes + warp * 512 + lane * 16;
-    u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + warp * 8 * Decode::kPairBytes + lane / 4 * Decode::kPairBytes;
+    u32 const weights = base + kWeightsAt + row_tile * kSlabs * kWeightTileBytes + warp * (kWeightTileBytes / 4) + lane * 16;
+    u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + (warp * 8 + lane / 4) * kPairBytes;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      u32x4 const quad = ptx::ld_shared_v4(weights + slab * kWeightTileBytes);
-      Decode::Group group = Decode::load(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
-      Decode::exact(quad.x, group, fragments[kBuffer][slab * 4 + 0]);
-      Decode::exact(quad.y, group, fragments[kBuffer][slab * 4 + 1]);
-      if constexpr (Config::kGroupSize == 32) group = Decode::load(scales + (slab * 2 + 1) * kScaleTileBytes);
-      Decode::exact(quad.z, group, fragments[kBuffer][slab * 4 + 2]);
-      Decode::exact(quad.w, group, fragments[kBuffer][slab * 4 + 3]);
+      u32 words[Decode::kWords * 4];
+#pragma unroll
+      for (int plane = 0; plane < Decode::kWords; ++plane) {
+        u32x4 const quad = ptx::ld_shared_v4(weights + slab * kWeightTileBytes + plane * 512);
+        words[plane * 4] = quad.x, words[plane * 4 + 1] = quad.y, words[plane * 4 + 2] = quad.z, words[plane * 4 + 3] = quad.w;
+      }
+      typename Decode::Group group = Decode::Group::load(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        if (Config::kGroupSize == 32 && step == 2) group = Decode::Group::load(scales + (slab * 2 + 1) * kScaleTileBytes);
+        Decode::exact(words + step * Decode::kWords, group, fragments[kBuffer][slab * 4 + step]);
+      }
     }
   }
 
@@ -271,7 +293,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kSlabs * 4; ++i) {
       u64 const offset = (i / 4 * kSlabBytes + i % 4 * 32) / 16;
-      ptx::WgmmaM64K16<Config::kBlockM>::mma(sums, fragments[kBuffer][i], b + offset);
+      ptx::WgmmaM64K16<Config::kIsBf16, Config::kBlockM>::mma(sums, fragments[kBuffer][i], b + offset);
     }
     ptx::wgmma_commit_group();
   }
@@ -402,8 +424,16 @@ struct Consumer {
     sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
   }
 
+  __device__ __forceinline__ void add_bias(u16 const* bias) {
+    int const g = warp * 16 + lane / 4;
+    float const bias_g = Number::low(bias[g]), bias_g8 = Number::low(bias[g + 8]);
+#pragma unroll
+    for (int j = 0; j < kStoreQuads; ++j) add(j, {bias_g, bias_g, bias_g8, bias_g8});
+  }
+
   // The first kStoreQuads quads to C, through a swizzled box: token `y`, feature `x` of its corner.
-  __device__ __forceinline__ void store(TensorMap const& c_map, int x, int y, int n) {
+  __device__ __forceinline__ void store(TensorMap const& c_map, u16 const* bias, int x, int y, int n) {
+    if (bias && x < n) add_bias(bias + x);
     u32 const box = smem + kOutputAt + row_tile * kOutputBytes;
     if (thread == 0) ptx::cp_async_bulk_wait_group_read();  // of the tile before
     ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
@@ -411,8 +441,8 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < kStoreQuads; ++j) {
       int const token = j * 8 + lane % 8;
-      ptx::stmatrix_x2_trans(box + token * 128 + ((chunk ^ (token % 8)) * 16), ptx::pack_f16x2(sums[4 * j], sums[4 * j + 1]),
-                             ptx::pack_f16x2(sums[4 * j + 2], sums[4 * j + 3]));
+      ptx::stmatrix_x2_trans(box + token * 128 + ((chunk ^ (token % 8)) * 16), Number::pack(sums[4 * j], sums[4 * j + 1]),
+                             Number::pack(sums[4 * j + 2], sums[4 * j + 3]));
     }
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
@@ -426,8 +456,9 @@ struct Consumer {
 }  // namespace marlin_gen
 
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const c_map,
-    marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int dependent) {
+wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const a_tail_map,
+    __grid_constant__ marlin_gen::ptx::TensorMap const c_map, marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::u16 const* bias,
+    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int dependent) {
   using namespace marlin_gen;
   extern __shared__ __align__(1024) u8 shared[];
   u32 const smem = ptx::smem_address(shared);
@@ -446,7 +477,9 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     __syncwarp();
     barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
-    if (warp == 0 && ptx::elect_sync()) produce(a_map, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
+    int const tail_tile = order.tiles_m - 1;
+    Activations const a{a_map, a_tail_map, tail_tile, m - tail_tile * Config::kBlockM};
+    if (warp == 0 && ptx::elect_sync()) produce(a, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     barriers.ready_sync();
@@ -463,7 +496,7 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128(__grid_constant__ marlin_gen
       self.reduce_ranks(pieces);
       if (self.reduce_stripes(piece, k_blocks, walk.first_stripe(piece.tile), partials, locks)) {
         int const first_token = kRanks > 1 ? static_cast<int>(ptx::cluster_ctarank()) * kStoreQuads * 8 : 0;
-        self.store(c_map, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
+        self.store(c_map, bias, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
       }
     }
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();

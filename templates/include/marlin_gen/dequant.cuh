@@ -1,89 +1,174 @@
-// Decoding of packed weight words into the A fragment of a 16x16 block, one overload set per weight format.
+// Decoding of packed weight words into the A fragment of a 16x16 block: Decoder<number type, bits, offset>.
 //
-// A lane (g = lane / 4, t = lane % 4) holds the 8 codes of a block that its fragment needs in one word:
+// A lane (g = lane / 4, t = lane % 4) holds the 8 codes of a block that its fragment needs: in one word of 4-bit codes,
 //   nibble  0     1     2     3     4     5     6     7
 //   row     g    g+8    g    g+8    g    g+8    g    g+8
 //   k      2t    2t   2t+8  2t+8  2t+1  2t+1  2t+9  2t+9
-// so that masks 000f000f and 00f000f0 on `word` and `word >> 8` yield the four half2 registers in order.
+// so that masks 000f000f and 00f000f0 on `word` and `word >> 8` yield the four registers in order; in two words of 8-bit codes,
+//   byte    0     1     2     3   |  0     1     2     3
+//   row     g     g    g+8   g+8  |  g     g    g+8   g+8
+//   k      2t   2t+1   2t   2t+1  | 2t+8  2t+9  2t+8  2t+9
+//
+// A code becomes a number by or-ing it into the mantissa of a power of two whose last bit counts 1 (or 1/16 and the code four bits
+// higher): 1024 of fp16, 128 of bf16, 2^23 of fp32. That power is subtracted, together with the zero point where it is whole,
+// before the scale is applied: (1024 + q) * s - 1032 * s would round 1032 * s, an error of up to half a quantisation step.
 #pragma once
+#include "marlin_gen/number.cuh"
 #include "marlin_gen/ptx/half.cuh"
 #include "marlin_gen/ptx/shared.cuh"
 
 namespace marlin_gen {
 
-// u4 codes with zero point 8 and fp16 scales.
-//
-// fp16 has 10 mantissa bits, so 0x6400 | q is exactly 1024 + q, and with q four bits higher 1024 + 16 q.
-// The zero point is subtracted before the scale is applied: (1024 + q) * s - 1032 * s would round 1032 * s,
-// an error of up to half a quantisation step.
-struct DecodeU4F16 {
+// What lies in shared memory for rows g and g + 8 of a group, each value twice. The offset is as layout.py packs it: what decoding
+// adds to or subtracts from the codes where zero points are whole, else the zero point or minimum itself.
+template <Offset kOffset>
+struct ScalePair {
+  static constexpr int kBytes = kOffset == Offset::kConstant ? 4 : 8;
+  u32 scale_g, scale_g8, offset_g, offset_g8;
+
+  __device__ static __forceinline__ ScalePair load(u32 address) {
+    if constexpr (kOffset == Offset::kConstant) {
+      u32 const pair = ptx::ld_shared_u32(address);
+      return {ptx::duplicate_low(pair), ptx::duplicate_high(pair), 0, 0};
+    } else {
+      u32x2 const both = ptx::ld_shared_v2(address);
+      return {ptx::duplicate_low(both.x), ptx::duplicate_high(both.x), ptx::duplicate_low(both.y), ptx::duplicate_high(both.y)};
+    }
+  }
+};
+
+// Two weights of the codes' own values q, for offsets that are not whole.
+template <class Number, Offset kOffset>
+__device__ __forceinline__ u32 apply(u32 q, u32 scale, u32 offset) {
+  return kOffset == Offset::kMinima ? Number::fma(q, scale, offset) : Number::mul(Number::sub(q, offset), scale);
+}
+
+template <class Number, int kBits, Offset kOffset>
+struct Decoder;
+
+template <Offset kOffset>
+struct Decoder<F16, 4, kOffset> {
+  using Group = ScalePair<kOffset>;
+  static constexpr int kWords = 1;
   static constexpr u32 kLowMask = 0x000f000f, kHighMask = 0x00f000f0;
-  static constexpr u32 kExponent = 0x64006400;  // 1024.0 twice
+  static constexpr u32 kExponent = 0x64006400, kMinusHigh = 0xd400d400;  // 1024, and -64 = -(1024 / 16)
+  static constexpr u32 kCentre = 0x64086408, kMinusHighCentre = 0xd480d480;  // 1032, and -72 = -(64 + 8)
   static constexpr u32 kSixteenth = 0x2c002c00;
 
   // What `raw` adds to a code, for the deferred correction: rows g carry 1 * q + 1024, rows g + 8 carry 16 * q + 1024.
   static constexpr float kRawOffset = 1024.f;
   static constexpr float kRawHighScale = 1.f / 16.f;
 
-  // The scales of rows g and g + 8, each the same value twice.
-  struct Group {
-    u32 scale_g, scale_g8;
-  };
-  static constexpr int kPairBytes = 4;  // of both rows in shared memory
-  __device__ static __forceinline__ Group load(u32 address) {
-    u32 const pair = ptx::ld_shared_u32(address);
-    return {ptx::duplicate_low(pair), ptx::duplicate_high(pair)};
-  }
-
-  // fragment[i] = scale * (code - 8): 13 instructions for 8 weights.
-  __device__ static __forceinline__ void exact(u32 word, Group group, u32 (&fragment)[4]) {
-    scaled(word, 0x64086408, 0xd480d480, group.scale_g, group.scale_g8, fragment);  // 1032, and -72 = -(1024 / 16 + 8)
-  }
-
-  // fragment[i] = scale * (code - z), with low = 1024 + z of rows g and minus_high = -(64 + z) of rows g + 8.
-  __device__ static __forceinline__ void scaled(u32 word, u32 low, u32 minus_high, u32 scale_g, u32 scale_g8, u32 (&fragment)[4]) {
-    u32 const high_word = word >> 8;
-    u32 const q0 = ptx::lop3_and_or(word, kLowMask, kExponent), q1 = ptx::lop3_and_or(word, kHighMask, kExponent);
-    u32 const q2 = ptx::lop3_and_or(high_word, kLowMask, kExponent), q3 = ptx::lop3_and_or(high_word, kHighMask, kExponent);
-    fragment[0] = ptx::mul_f16x2(ptx::sub_f16x2(q0, low), scale_g);
-    fragment[1] = ptx::mul_f16x2(ptx::fma_f16x2(q1, kSixteenth, minus_high), scale_g8);
-    fragment[2] = ptx::mul_f16x2(ptx::sub_f16x2(q2, low), scale_g);
-    fragment[3] = ptx::mul_f16x2(ptx::fma_f16x2(q3, kSixteenth, minus_high), scale_g8);
+  // 13 instructions for 8 weights; with fractions 17.
+  __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
+    u32 q[4];
+    raw(word, q);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      if constexpr (kOffset == Offset::kConstant || kOffset == Offset::kZeros) {
+        bool constexpr kOwn = kOffset == Offset::kZeros;
+        fragment[i] = F16::mul(F16::sub(q[i], kOwn ? group.offset_g : kCentre), group.scale_g);
+        fragment[i + 1] = F16::mul(F16::fma(q[i + 1], kSixteenth, kOwn ? group.offset_g8 : kMinusHighCentre), group.scale_g8);
+      } else {
+        fragment[i] = apply<F16, kOffset>(F16::sub(q[i], kExponent), group.scale_g, group.offset_g);
+        fragment[i + 1] = apply<F16, kOffset>(F16::fma(q[i + 1], kSixteenth, kMinusHigh), group.scale_g8, group.offset_g8);
+      }
+    }
   }
 
   // fragment[i] = 1024 + code (rows g) or 1024 + 16 * code (rows g + 8): 5 instructions for 8 weights.
-  __device__ static __forceinline__ void raw(u32 word, u32 (&fragment)[4]) {
-    u32 const high_word = word >> 8;
-    fragment[0] = ptx::lop3_and_or(word, kLowMask, kExponent);
-    fragment[1] = ptx::lop3_and_or(word, kHighMask, kExponent);
+  __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
+    u32 const high_word = word[0] >> 8;
+    fragment[0] = ptx::lop3_and_or(word[0], kLowMask, kExponent);
+    fragment[1] = ptx::lop3_and_or(word[0], kHighMask, kExponent);
     fragment[2] = ptx::lop3_and_or(high_word, kLowMask, kExponent);
     fragment[3] = ptx::lop3_and_or(high_word, kHighMask, kExponent);
   }
 };
 
-// The same codes about a whole zero point z of each row and group. Beside the scales lie 1024 + z of row g and -(64 + z) of
-// row g + 8, which fp16 holds exactly.
-struct DecodeU4ZeroF16 : DecodeU4F16 {
-  struct Group {
-    u32 scale_g, scale_g8, low, minus_high;
-  };
-  static constexpr int kPairBytes = 8;
-  __device__ static __forceinline__ Group load(u32 address) {
-    u32x2 const both = ptx::ld_shared_v2(address);
-    return {ptx::duplicate_low(both.x), ptx::duplicate_high(both.x), ptx::duplicate_low(both.y), ptx::duplicate_high(both.y)};
+// bf16 has 7 mantissa bits: there is no room for codes four bits higher, so each nibble pair is shifted down.
+template <Offset kOffset>
+struct Decoder<Bf16, 4, kOffset> {
+  using Group = ScalePair<kOffset>;
+  static constexpr int kWords = 1;
+  static constexpr u32 kMask = 0x000f000f, kExponent = 0x43004300;            // 128
+  static constexpr u32 kMinusExponent = 0xc300c300, kMinusCentre = 0xc308c308;  // -128, and -136 = -(128 + 8)
+  static constexpr float kRawOffset = 128.f;
+  static constexpr float kRawHighScale = 1.f;
+
+  // 15 instructions for 8 weights; with fractions 19.
+  __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
+    u32 q[4];
+    raw(word, q);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 const scale = i % 2 ? group.scale_g8 : group.scale_g, offset = i % 2 ? group.offset_g8 : group.offset_g;
+      if constexpr (kOffset == Offset::kConstant || kOffset == Offset::kZeros) {
+        fragment[i] = Bf16::mul(Bf16::add(q[i], kOffset == Offset::kZeros ? offset : kMinusCentre), scale);
+      } else {
+        fragment[i] = apply<Bf16, kOffset>(Bf16::add(q[i], kMinusExponent), scale, offset);
+      }
+    }
   }
-  __device__ static __forceinline__ void exact(u32 word, Group group, u32 (&fragment)[4]) {
-    scaled(word, group.low, group.minus_high, group.scale_g, group.scale_g8, fragment);
+
+  // fragment[i] = 128 + code: 7 instructions for 8 weights.
+  __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = ptx::lop3_and_or(word[0] >> 4 * i, kMask, kExponent);
   }
 };
 
-template <bool kHasZeros>
-struct DecoderOf {
-  using Type = DecodeU4F16;
-};
 template <>
-struct DecoderOf<true> {
-  using Type = DecodeU4ZeroF16;
+struct Decoder<F16, 8, Offset::kConstant> {
+  using Group = ScalePair<Offset::kConstant>;
+  static constexpr int kWords = 2;
+  static constexpr u32 kExponent = 0x64006400, kCentre = 0x64806480;  // 1024, 1152 = 1024 + 128
+  static constexpr float kRawOffset = 1024.f;
+  static constexpr float kRawHighScale = 1.f;
+
+  // 12 instructions for 8 weights.
+  __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
+    u32 q[4];
+    raw(word, q);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = F16::mul(F16::sub(q[i], kCentre), i % 2 ? group.scale_g8 : group.scale_g);
+  }
+
+  // fragment[i] = 1024 + code: 4 instructions for 8 weights.
+  __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = ptx::prmt(word[i / 2], kExponent, i % 2 ? 0x5352 : 0x5150);
+  }
+};
+
+// bf16 holds -128 .. 127 but no code beside an offset: codes go through fp32, where their product with the scale is exact.
+template <>
+struct Decoder<Bf16, 8, Offset::kConstant> {
+  using Group = ScalePair<Offset::kConstant>;
+  static constexpr int kWords = 2;
+  static constexpr u32 kExponent = 0x4b000000;       // 2^23
+  static constexpr float kCentre = 8388608.f + 128.f;
+  static constexpr float kRawOffset = -128.f, kRawHighScale = 1.f;
+
+  // 28 instructions for 8 weights.
+  __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float const scale = Bf16::low(i % 2 ? group.scale_g8 : group.scale_g);
+      fragment[i] = Bf16::pack(centred(word[i / 2], i % 2 * 2) * scale, centred(word[i / 2], i % 2 * 2 + 1) * scale);
+    }
+  }
+
+  // fragment[i] = code - 128: 20 instructions for 8 weights.
+  __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = Bf16::pack(centred(word[i / 2], i % 2 * 2), centred(word[i / 2], i % 2 * 2 + 1));
+  }
+
+ private:
+  __device__ static __forceinline__ float centred(u32 word, int byte) {
+    return __uint_as_float(ptx::prmt(word, kExponent, 0x7650 | byte)) - kCentre;
+  }
 };
 
 }  // namespace marlin_gen

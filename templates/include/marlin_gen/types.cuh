@@ -22,6 +22,14 @@ enum class Dequant {
   kDeferred  // to the fp32 sums of each scale group, after it
 };
 
+// What each group has beside its scale (WeightFormat.offset, where the formulas are).
+enum class Offset {
+  kConstant,   // nothing: one zero point for all
+  kZeros,      // a whole zero point
+  kFractions,  // a zero point that need not be whole
+  kMinima      // the weight of code 0
+};
+
 struct alignas(8) u32x2 {
   u32 x, y;
 };

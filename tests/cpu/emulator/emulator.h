@@ -32,6 +32,13 @@ inline int __shfl_sync(unsigned, int value, int source) {
   return mine.result;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+#include <marlin_gen/ptx/bfloat.cuh>
 #include <marlin_gen/ptx/cluster.cuh>
 #include <marlin_gen/ptx/cp_async.cuh>
 #include <marlin_gen/ptx/global.cuh>
@@ -50,10 +57,11 @@ namespace ptx = marlin_gen::ptx;
 
 // The kernel's pointer arguments, by the names of LaunchShape.operands.
 struct Operands {
-  ptx::TensorMap a_map, c_map;
+  ptx::TensorMap a_map, a_tail_map, c_map;
   u16 const* a;
   u16* c;
   u8 const *weight, *scales;
+  u16 const* bias;
   f32x4* partials;
   int* locks;
 };
@@ -65,11 +73,13 @@ char const* run(Request const& asked, Kernel kernel) {
   gridDim.x = request.grid;
   int const m = request.scalars[0], n = request.scalars[1], k = request.scalars[2];
   Operands const operands{{request.a.data, m, k, request.a_box[0], request.a_box[1]},
+                          {request.a.data, m, k, request.a_tail_rows, request.a_box[1]},
                           {request.c.data, m, n, request.c_box[0], request.c_box[1]},
                           reinterpret_cast<u16*>(request.a.data),
                           reinterpret_cast<u16*>(request.c.data),
                           request.weight.data,
                           request.scales.data,
+                          reinterpret_cast<u16 const*>(request.bias.data),
                           reinterpret_cast<f32x4*>(request.partials.data),
                           reinterpret_cast<int*>(request.locks.data)};
   run_grid([&] { kernel(operands); });

@@ -28,9 +28,9 @@ struct Request {
   int copies;
   int dependent;  // launched before the grid that it depends on is done
   int fault;  // 0, or which of the faults that a test has put into the kernel
-  int a_box[2], c_box[2];                // (rows, columns)
+  int a_box[2], c_box[2], a_tail_rows;   // (rows, columns)
   int scalars[4];
-  Span a, c, weight, scales, partials, locks;
+  Span a, c, weight, scales, bias, partials, locks;
 };
 inline Request request;
 

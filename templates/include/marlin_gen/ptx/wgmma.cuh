@@ -1,6 +1,6 @@
 // wgmma.mma_async with the A operand in registers (sm_90a). Written by tools/write_wgmma_header.py: do not edit.
 //
-// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 operands, fp32 sums. Warp w of the warpgroup holds rows
+// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 or bf16 operands, fp32 sums. Warp w of the warpgroup holds rows
 // 16 w .. 16 w + 15 in the lane map of mma.sync m16n8k16; B lies in shared memory as kN rows of 128 bytes (64 k) with a
 // 128-byte swizzle.
 #pragma once
@@ -33,14 +33,14 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <int kN>
+template <bool kIsBf16, int kN>
 struct WgmmaM64K16;
 
 #define MARLIN_GEN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MARLIN_GEN_D16(i) MARLIN_GEN_D4(i), MARLIN_GEN_D4(i + 4), MARLIN_GEN_D4(i + 8), MARLIN_GEN_D4(i + 12)
 
 template <>
-struct WgmmaM64K16<8> {
+struct WgmmaM64K16<false, 8> {
   __device__ static __forceinline__ void mma(float (&d)[4], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
@@ -52,7 +52,7 @@ struct WgmmaM64K16<8> {
 };
 
 template <>
-struct WgmmaM64K16<16> {
+struct WgmmaM64K16<false, 16> {
   __device__ static __forceinline__ void mma(float (&d)[8], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
@@ -64,7 +64,7 @@ struct WgmmaM64K16<16> {
 };
 
 template <>
-struct WgmmaM64K16<24> {
+struct WgmmaM64K16<false, 24> {
   __device__ static __forceinline__ void mma(float (&d)[12], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n24k16.f32.f16.f16 {"
@@ -76,7 +76,7 @@ struct WgmmaM64K16<24> {
 };
 
 template <>
-struct WgmmaM64K16<32> {
+struct WgmmaM64K16<false, 32> {
   __device__ static __forceinline__ void mma(float (&d)[16], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
@@ -88,7 +88,7 @@ struct WgmmaM64K16<32> {
 };
 
 template <>
-struct WgmmaM64K16<40> {
+struct WgmmaM64K16<false, 40> {
   __device__ static __forceinline__ void mma(float (&d)[20], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 {"
@@ -100,7 +100,7 @@ struct WgmmaM64K16<40> {
 };
 
 template <>
-struct WgmmaM64K16<48> {
+struct WgmmaM64K16<false, 48> {
   __device__ static __forceinline__ void mma(float (&d)[24], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
@@ -113,7 +113,7 @@ struct WgmmaM64K16<48> {
 };
 
 template <>
-struct WgmmaM64K16<56> {
+struct WgmmaM64K16<false, 56> {
   __device__ static __forceinline__ void mma(float (&d)[28], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n56k16.f32.f16.f16 {"
@@ -126,7 +126,7 @@ struct WgmmaM64K16<56> {
 };
 
 template <>
-struct WgmmaM64K16<64> {
+struct WgmmaM64K16<false, 64> {
   __device__ static __forceinline__ void mma(float (&d)[32], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
@@ -139,7 +139,7 @@ struct WgmmaM64K16<64> {
 };
 
 template <>
-struct WgmmaM64K16<80> {
+struct WgmmaM64K16<false, 80> {
   __device__ static __forceinline__ void mma(float (&d)[40], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
@@ -152,7 +152,7 @@ struct WgmmaM64K16<80> {
 };
 
 template <>
-struct WgmmaM64K16<96> {
+struct WgmmaM64K16<false, 96> {
   __device__ static __forceinline__ void mma(float (&d)[48], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
@@ -166,7 +166,7 @@ struct WgmmaM64K16<96> {
 };
 
 template <>
-struct WgmmaM64K16<112> {
+struct WgmmaM64K16<false, 112> {
   __device__ static __forceinline__ void mma(float (&d)[56], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n112k16.f32.f16.f16 {"
@@ -180,7 +180,7 @@ struct WgmmaM64K16<112> {
 };
 
 template <>
-struct WgmmaM64K16<128> {
+struct WgmmaM64K16<false, 128> {
   __device__ static __forceinline__ void mma(float (&d)[64], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
@@ -195,7 +195,7 @@ struct WgmmaM64K16<128> {
 };
 
 template <>
-struct WgmmaM64K16<160> {
+struct WgmmaM64K16<false, 160> {
   __device__ static __forceinline__ void mma(float (&d)[80], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {"
@@ -210,7 +210,7 @@ struct WgmmaM64K16<160> {
 };
 
 template <>
-struct WgmmaM64K16<192> {
+struct WgmmaM64K16<false, 192> {
   __device__ static __forceinline__ void mma(float (&d)[96], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {"
@@ -227,7 +227,7 @@ struct WgmmaM64K16<192> {
 };
 
 template <>
-struct WgmmaM64K16<224> {
+struct WgmmaM64K16<false, 224> {
   __device__ static __forceinline__ void mma(float (&d)[112], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {"
@@ -245,10 +245,234 @@ struct WgmmaM64K16<224> {
 };
 
 template <>
-struct WgmmaM64K16<256> {
+struct WgmmaM64K16<false, 256> {
   __device__ static __forceinline__ void mma(float (&d)[128], u32 const (&a)[4], u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "
+        "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+        "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+        "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D16(48), MARLIN_GEN_D16(64),
+          MARLIN_GEN_D16(80), MARLIN_GEN_D16(96), MARLIN_GEN_D16(112)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 8> {
+  __device__ static __forceinline__ void mma(float (&d)[4], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3"
+        "}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+        : MARLIN_GEN_D4(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 16> {
+  __device__ static __forceinline__ void mma(float (&d)[8], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+        : MARLIN_GEN_D4(0), MARLIN_GEN_D4(4)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 24> {
+  __device__ static __forceinline__ void mma(float (&d)[12], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
+        "}, {%12, %13, %14, %15}, %16, 1, 1, 1, 0;"
+        : MARLIN_GEN_D4(0), MARLIN_GEN_D4(4), MARLIN_GEN_D4(8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 32> {
+  __device__ static __forceinline__ void mma(float (&d)[16], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 40> {
+  __device__ static __forceinline__ void mma(float (&d)[20], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+        "}, {%20, %21, %22, %23}, %24, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D4(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 48> {
+  __device__ static __forceinline__ void mma(float (&d)[24], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23"
+        "}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D4(16), MARLIN_GEN_D4(20)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 56> {
+  __device__ static __forceinline__ void mma(float (&d)[28], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27"
+        "}, {%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D4(16), MARLIN_GEN_D4(20), MARLIN_GEN_D4(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 64> {
+  __device__ static __forceinline__ void mma(float (&d)[32], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 80> {
+  __device__ static __forceinline__ void mma(float (&d)[40], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
+        "}, {%40, %41, %42, %43}, %44, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D4(32), MARLIN_GEN_D4(36)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 96> {
+  __device__ static __forceinline__ void mma(float (&d)[48], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47"
+        "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 112> {
+  __device__ static __forceinline__ void mma(float (&d)[56], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
+        "}, {%56, %57, %58, %59}, %60, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D4(48), MARLIN_GEN_D4(52)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 128> {
+  __device__ static __forceinline__ void mma(float (&d)[64], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63"
+        "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D16(48)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 160> {
+  __device__ static __forceinline__ void mma(float (&d)[80], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+        "}, {%80, %81, %82, %83}, %84, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D16(48), MARLIN_GEN_D16(64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 192> {
+  __device__ static __forceinline__ void mma(float (&d)[96], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+        "}, {%96, %97, %98, %99}, %100, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D16(48), MARLIN_GEN_D16(64),
+          MARLIN_GEN_D16(80)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 224> {
+  __device__ static __forceinline__ void mma(float (&d)[112], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "
+        "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+        "}, {%112, %113, %114, %115}, %116, 1, 1, 1, 0;"
+        : MARLIN_GEN_D16(0), MARLIN_GEN_D16(16), MARLIN_GEN_D16(32), MARLIN_GEN_D16(48), MARLIN_GEN_D16(64),
+          MARLIN_GEN_D16(80), MARLIN_GEN_D16(96)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WgmmaM64K16<true, 256> {
+  __device__ static __forceinline__ void mma(float (&d)[128], u32 const (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
         "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
         "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "

@@ -32,5 +32,11 @@ inline u32 duplicate_high(u32 p) { return pair(half(p, 1), half(p, 1)); }
 inline u32 pack_f16x2(float lo, float hi) { return pair(static_cast<_Float16>(lo), static_cast<_Float16>(hi)); }
 inline float low_f32(u32 p) { return half(p, 0); }
 inline float high_f32(u32 p) { return half(p, 1); }
+inline u32 prmt(u32 a, u32 b, u32 selector) {
+  u64 const bytes = u64(b) << 32 | a;
+  u32 d = 0;
+  for (int i = 0; i < 4; ++i) d |= u32(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return d;
+}
 
 }  // namespace marlin_gen::ptx

@@ -22,9 +22,9 @@ inline std::vector<u32> pieces_of_b(u64 descriptor, int columns) {
   return offsets;
 }
 
-template <int kN>
+template <bool kIsBf16, int kN>
 struct WgmmaM64K16 {
-  static_assert(sizeof(real_header::marlin_gen::ptx::WgmmaM64K16<kN>) > 0);
+  static_assert(sizeof(real_header::marlin_gen::ptx::WgmmaM64K16<kIsBf16, kN>) > 0);
   struct Lane { float* d; u32 const* a; u64 b; };
 
   static void mma(float (&d)[kN / 2], u32 const (&a)[4], u64 b) {
@@ -50,15 +50,16 @@ struct WgmmaM64K16 {
   }
 
  private:
+  static float value(u32 pair, int i) { return kIsBf16 ? brain(pair, i) : float(half(pair, i)); }
   static void multiply(Wgmma const& product, WarpWgmma& warp) {
     static float a[16][16], b[kN][16];  // by row and k, by column and k
     for (int row = 0; row < 16; ++row)
-      for (int k = 0; k < 16; ++k) a[row][k] = half(product.a_values[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+      for (int k = 0; k < 16; ++k) a[row][k] = value(product.a_values[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
     for (int column = 0; column < kN; ++column)
       for (int k = 0; k < 16; ++k) {
         u32 word;
         std::memcpy(&word, &product.b_bytes[column * 32 + k / 2 * 4], 4);
-        b[column][k] = half(word, k % 2);
+        b[column][k] = value(word, k % 2);
       }
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < kN; ++column) {
