@@ -166,7 +166,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
         grad_a = grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype)
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[3:4] == (True,):  # arguments that were left out have no place in it
         grad_bias = grad.sum(dim=tuple(range(grad.ndim - 1)))
     return grad_a, None, None, grad_bias, None, None
 

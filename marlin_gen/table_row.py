@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
-from marlin_gen.measurement import ERROR_LIMIT, Artifact, Baseline, Measurement
+from marlin_gen.measurement import Artifact, Baseline, Measurement
 from marlin_gen.problem import Problem
 
 T = TypeVar("T")
@@ -78,8 +78,8 @@ class TableRow:
     def __post_init__(self) -> None:
         if not 0 < self.us_low <= self.us <= self.us_high:
             raise FieldError(f"us={self.us} does not lie between us_low={self.us_low} and us_high={self.us_high}")
-        if not 0 <= self.relative_error <= ERROR_LIMIT:
-            raise FieldError(f"relative_error={self.relative_error} is above {ERROR_LIMIT}")
+        if not 0 <= self.relative_error <= self.problem.error_limit:
+            raise FieldError(f"relative_error={self.relative_error} is above {self.problem.error_limit}")
         for plan in (self.plan, self.default_plan):
             if plan:
                 FAMILIES.of(plan.config)  # a ValueError names an unknown family
