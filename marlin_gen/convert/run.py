@@ -57,7 +57,7 @@ def convert(
     folder that has it is complete.
 
     Raises ValueError with the name of a tensor that is damaged, of a layer that no kernel format holds (with
-    ``keep_unsupported`` those are written dequantised, and one warning lists them), or of files of others in ``folder``.
+    ``keep_unsupported`` those are written dequantised, and one warning lists them), or of a file in the way.
     """
     source, out = open_source(Path(source_path)), Path(folder)
     out.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ class Staged(nn.Module):
         super().__init__()
         self.name, self.names, self.dtype = name, tuple(entries), dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        for key, (dtype, shape) in entries.items():
-            self.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
+        for key, (kind, shape) in entries.items():
+            self.register_buffer(key, torch.empty(shape, dtype=kind, device="meta"))
         bias = None if linear.bias is None else torch.empty(linear.out_features, dtype=dtype, device="meta")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 

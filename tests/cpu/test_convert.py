@@ -176,6 +176,23 @@ def test_act_order_is_exact_whether_a_kernel_holds_it_or_not(tmp_path):
     assert torch.equal(found, expected[LAYER])
 
 
+def test_scales_in_bfloat16_stay_exact(tmp_path):
+    layers = {}
+
+    def in_bf16(layer, tensors):
+        layers[layer] = tensors["weight_scale"].bfloat16()
+        return {**tensors, "weight_scale": layers[layer]}
+
+    weights, _ = write_checkpoint(tmp_path / "in", "compressed-tensors", change=in_bf16)
+    report = convert(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    found = all_tensors(tmp_path / "out")
+    packed = PackedWeight(found[f"{LAYER}.weight"], found[f"{LAYER}.scales"], report.formats[LAYER])
+    assert packed.scales.dtype == torch.bfloat16
+    exact = replace(weights[LAYER], scales=layers[LAYER]).dequantize().bfloat16()
+    assert torch.equal(dequantize(*unpack(packed), packed.weight_format, torch.bfloat16), exact)
+
+
 def damage(key, value):
     def change(layer, tensors):
         if layer == LAYER:

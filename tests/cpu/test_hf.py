@@ -71,6 +71,24 @@ def test_a_converted_folder(tmp_path, method):
     assert direct.keys() == state.keys() and all(torch.equal(direct[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_in_bfloat16(tmp_path, method):
+    """Scales that are rounded to bf16 make another weight: that of the dense model in bf16, but for its rounding."""
+    _, dense = write_checkpoint(tmp_path / "in", method, attention_bias=True)
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    expected = logits(dense.bfloat16())
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    direct = hf.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
+    for model in (converted, direct):
+        layer = model.model.layers[0].self_attn.q_proj
+        assert isinstance(layer, QuantLinear)
+        assert {model.dtype, layer.scales.dtype, layer.bias.dtype} == {torch.bfloat16}
+        assert difference(logits(model), expected) < 0.03
+    assert torch.equal(logits(converted), logits(direct))
+    direct.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(direct))
+
+
 def test_saved_and_loaded_again(tmp_path):
     _, dense = write_checkpoint(tmp_path / "in", "gptq")
     model = hf.from_pretrained(tmp_path / "in")
@@ -96,7 +114,7 @@ def test_unsupported_layers_fall_through_with_one_warning(tmp_path):
         model = hf.from_pretrained(tmp_path / "in")
     odd = {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "kv"}
     (said,) = [str(one.message) for one in caught if str(one.message).startswith("marlin_gen")]
-    assert said.startswith("marlin_gen: 4 of 14 quantised layers run as nn.Linear in f16, for no kernel format")
+    assert said.startswith("marlin_gen: 4 of 14 quantised layers run as nn.Linear in float16, for no kernel")
     assert all(f"{name} (n=32 is not a positive multiple of 64" in said for name in odd)
     check(model, dense, odd)
 

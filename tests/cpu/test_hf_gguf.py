@@ -22,6 +22,8 @@ import marlin_gen.hf as hf
 from marlin_gen import QuantLinear
 from marlin_gen.checkpoints.gguf_llama import hf_name, open_model
 from marlin_gen.cli.root import main
+from marlin_gen.layout import unpack
+from marlin_gen.reference import dequantize
 
 HEADS, KV_HEADS, HIDDEN, INNER, LAYERS, VOCABULARY = 9, 3, 576, 1536, 2, 320
 IDS = torch.arange(5, 37)[None]
@@ -134,6 +136,15 @@ def test_every_weight_is_what_gguf_decodes(smol):
         # Through f32, as gguf decodes, the sum of Q4_1 is rounded twice: a last place may differ where it is a tie.
         assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=0), name
         assert (found[name] != expected[name]).float().mean() < 1e-3, name
+
+
+def test_packed_layers_hold_the_same_weight(smol):
+    """Rounded once, as the dequantised one: bit for bit."""
+    model, dense = hf.from_gguf(smol[0]), hf.from_gguf(smol[0], weights="f16")
+    for name in quantised(model):
+        layer, expected = model.get_submodule(name), dense.get_submodule(name).weight
+        assert layer.weight_format == "u4mg32"
+        assert torch.equal(dequantize(*unpack(layer.packed), layer.weight_format), expected), name
 
 
 def test_logits_and_text_are_those_of_the_dequantised_weights(smol):

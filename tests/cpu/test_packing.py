@@ -37,17 +37,6 @@ def test_packs_every_weight_exactly(k, group_size, size, zeros, codes):
     assert torch.equal(dequantize(*unpack(packed), packed.weight_format), given.dequantize().half())
 
 
-@pytest.mark.parametrize(("k", "group_size", "size"), [(576, 32, 32), (576, 192, 64), (256, 256, 128)])
-def test_packs_minima_exactly(k, group_size, size):
-    """w = q * d + m, rounded once: as the exact sum rounded to f16."""
-    given = weight(k, group_size)
-    minima = torch.randn(given.scales.shape, generator=torch.Generator().manual_seed(2)).half()
-    given = replace(given, minima=minima)
-    packed = to_packed(given)
-    assert packed.weight_format == f"u4mg{size}"
-    assert torch.equal(dequantize(*unpack(packed), packed.weight_format), given.dequantize().half())
-
-
 def test_a_layer_answers_like_the_dense_weight():
     given = weight(576, 576)
     layer = QuantLinear.from_quantized(given, bias=torch.arange(N) / 8)
@@ -67,7 +56,7 @@ def test_scales_of_another_type_that_f16_holds():
     [
         ({"bits": 8}, "q_proj has 8-bit codes"),
         ({"zeros": torch.full((N, 2), 7.5)}, "q_proj has zero points in torch.float32"),
-        ({"minima": torch.full((N, 2), 0.1)}, r"torch.float32 minima that f16 does not hold, off by up to 2\.4e-05"),
+        ({"minima": torch.zeros(N, 2)}, "q_proj has minima"),
         ({"order": torch.arange(256).flip(0)}, r"q_proj is in act-order \(desc_act\)"),
         ({"scales": torch.full((N, 2), 0.1)}, r"torch.float32 scales that f16 does not hold, off by up to 2\.4e-05"),
         ({"scales": torch.full((N, 2), 1e6)}, "off by up to inf"),
