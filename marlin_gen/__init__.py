@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from marlin_gen.op import gemm
     from marlin_gen.ranks import check_ranks, table_hash
     from marlin_gen.reference import dequantize, quantize
+    from marlin_gen.replace import quantize_model
 
 __all__ = [
-    "PackedWeight", "QuantLinear", "check_ranks", "dequantize", "gemm", "pack", "quantize", "table_hash", "unpack",
+    "PackedWeight", "QuantLinear", "check_ranks", "dequantize", "gemm", "pack", "quantize", "quantize_model", "table_hash",
+    "unpack",
 ]  # fmt: skip
 
 _HOME = {
@@ -36,6 +38,7 @@ _HOME = {
     "QuantLinear": "nn",
     "check_ranks": "ranks",
     "table_hash": "ranks",
+    "quantize_model": "replace",
 }
 
 

@@ -7,7 +7,7 @@ import warnings
 import typer
 
 from marlin_gen import env
-from marlin_gen.cli import bench, doctor, export, kernels, report, show, tables, tune, verify
+from marlin_gen.cli import bench, convert, doctor, export, kernels, report, show, tables, tune, verify
 from marlin_gen.cli.console import err
 from marlin_gen.driver import LaunchError
 from marlin_gen.toolchain import ToolchainError
@@ -31,6 +31,7 @@ COMMANDS.command()(tables.diff)
 COMMANDS.command()(report.report)
 COMMANDS.command()(kernels.render)
 COMMANDS.command("compile")(kernels.compile_)
+COMMANDS.command()(convert.convert)
 COMMANDS.command()(doctor.doctor)
 
 # Their messages are written for users: the value, and the fix.
