@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from marlin_gen.replace import quantize_model
 
 __all__ = [
-    "PackedWeight", "QuantLinear", "check_ranks", "dequantize", "gemm", "pack", "quantize", "quantize_model", "table_hash",
-    "unpack",
+    "PackedWeight", "QuantLinear", "check_ranks", "dequantize", "gemm", "pack", "quantize", "quantize_model",
+    "table_hash", "unpack",
 ]  # fmt: skip
 
 _HOME = {
