@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -82,9 +83,34 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_format: str = DEFAULT_FORMAT) -> QuantLinear:
-        """Quantise a float layer, on its own device, for activations in bfloat16 if it is of that type, else float16."""
+        """Quantise a float layer, on its own device; for bfloat16 activations if it is bfloat16, else for float16."""
         codes, scales = quantize(linear.weight.detach(), weight_format)
         return cls.from_packed(pack(codes, scales, weight_format), linear.bias)
+
+    def shard(self, rank: int, world: int, dim: Literal["rows", "columns"]) -> QuantLinear:
+        """This rank's part of a tensor-parallel layer, its tensors copied, on the same device.
+
+        "rows" cuts out_features: parts of y are concatenated, and each part has its slice of the bias. "columns" cuts
+        in_features: each part takes its slice of x, parts of y are added, and rank 0 alone has the bias. Every part
+        holds whole tiles and whole groups: a ValueError says what does not divide.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} is not one of 0 .. {world - 1}, the ranks of world={world}")
+        if dim not in ("rows", "columns"):
+            raise ValueError(f"dim is {dim!r}; known: 'rows' (out_features), 'columns' (in_features)")
+        group_size = format_row(self.weight_format).group_size
+        if dim == "rows":
+            _check_divides(world, "out_features", self.out_features, SIZE_UNIT, "the layout's tile")
+            weight, scales = (tensor.chunk(world, 0)[rank] for tensor in (self.weight, self.scales))
+            bias = None if self.bias is None else self.bias.chunk(world)[rank]
+        else:
+            _check_divides(world, "in_features", self.in_features, SIZE_UNIT, "the layout's tile")
+            _check_divides(world, "in_features", self.in_features, group_size, "the group_size")
+            weight, scales = (tensor.chunk(world, 1)[rank] for tensor in (self.weight, self.scales))
+            bias = self.bias if rank == 0 else None
+        weight, scales = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (weight, scales))
+        packed = replace(self.packed, weight=weight, scales=scales)
+        return self.from_packed(packed, None if bias is None else bias.clone())
 
     @property
     def packed(self) -> PackedWeight:
@@ -109,6 +135,15 @@ class QuantLinear(nn.Module):
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _check_divides(world: int, name: str, size: int, unit: int, of_what: str) -> None:
+    if size % (world * unit):
+        fitting = [count for count in range(1, size // unit + 1) if size % (count * unit) == 0]
+        raise ValueError(
+            f"{name}={size} is {size // unit} times {unit}, {of_what}, which world={world} ranks cannot share evenly;"
+            f" numbers of ranks that can: {', '.join(map(str, fitting))}"
         )
 
 

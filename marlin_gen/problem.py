@@ -30,6 +30,11 @@ class Problem:
         return 2.0 * self.m * self.n * self.k
 
     @property
+    def error_limit(self) -> float:
+        """A relative error from which a result is wrong: see DType."""
+        return dtype(self.act_dtype).error_limit
+
+    @property
     def weight_bytes(self) -> int:
         """Packed weight and scales."""
         return weight_format(self.weight_format).packed_bytes(self.n, self.k)

@@ -17,7 +17,7 @@ import torch
 from marlin_gen import driver
 from marlin_gen.config import Plan
 from marlin_gen.launch import Kernel, Launcher
-from marlin_gen.measurement import ERROR_LIMIT, Measurement
+from marlin_gen.measurement import Measurement
 from marlin_gen.operands import Shape
 from marlin_gen.problem import Problem
 
@@ -153,7 +153,7 @@ class Bench:
         except driver.LaunchError:
             return None, "launch"
         error = float(out.float().sub_(reference).norm()) / norm
-        if error < ERROR_LIMIT:  # also false for NaN
+        if error < problem.error_limit:  # also false for NaN
             return error, None
         self.launcher.workspace = type(self.launcher.workspace)(self.device)  # its locks may be left in any state
         return (error if math.isfinite(error) else None), "wrong"

@@ -25,7 +25,7 @@ from marlin_gen import csv_rows
 from marlin_gen.config import Plan
 from marlin_gen.formats import DEFAULT_FORMAT, weight_format
 from marlin_gen.launch import Kernel, Launcher, LaunchError
-from marlin_gen.layout import WORDS_PER_TILE, PackedWeight, unpack
+from marlin_gen.layout import PackedWeight, unpack, words_per_tile
 from marlin_gen.models import layer_shapes, load_config
 from marlin_gen.operands import ROTATE_L2S
 from marlin_gen.problem import SIZE_UNIT, Problem
@@ -87,7 +87,7 @@ CHAINS: dict[str, Walk] = {"bare": bare, "block": decoder_block}
 def random_weight(n: int, k: int, device: torch.device) -> PackedWeight:
     """A packed weight of mean zero (codes 1 .. 15, in any order) under which random activations keep their size."""
     fmt = weight_format(DEFAULT_FORMAT)
-    shape = (n // SIZE_UNIT, k // SIZE_UNIT, WORDS_PER_TILE * 4)
+    shape = (n // SIZE_UNIT, k // SIZE_UNIT, words_per_tile(fmt) * 4)
     low, high = (torch.randint(1, fmt.codes, shape, device=device, dtype=torch.uint8) for _ in range(2))
     scales = torch.rand(n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT, device=device) * 0.8 + 0.2
     variance = ((fmt.codes - 1) ** 2 - 1) / 12 * float(scales.square().mean())

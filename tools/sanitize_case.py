@@ -1,7 +1,7 @@
-"""Launches every shipped kernel once on a small problem, with numpy and the driver alone, for compute-sanitizer.
+"""Launches every shipped kernel on a small problem, through the driver alone, for compute-sanitizer.
 
-torch would start slowly under it and allocate from one pool, in which an overrun hits the neighbour unseen; here each
-operand is an allocation of its exact size. Run by tools/sanitize.py; alone, it checks the numbers of every kernel.
+torch works on the host only: on the GPU it would allocate from one pool, in which an overrun hits the neighbour unseen;
+here each operand is an allocation of its exact size. Run by tools/sanitize.py; alone, it checks every kernel's numbers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import math
 import sys
 import time
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,11 +26,15 @@ from marlin_gen.config import KernelConfig, KernelSpec, Plan  # noqa: E402
 from marlin_gen.dispatch import find_tables  # noqa: E402
 from marlin_gen.driver import call  # noqa: E402
 from marlin_gen.families import FAMILIES  # noqa: E402
-from marlin_gen.measurement import ERROR_LIMIT  # noqa: E402
+from marlin_gen.formats import dtype as dtype_row  # noqa: E402
+from marlin_gen.formats import weight_format  # noqa: E402
+from marlin_gen.layout import PackedWeight, pack  # noqa: E402
+from marlin_gen.operands import random_weight  # noqa: E402
 from marlin_gen.problem import Problem  # noqa: E402
+from marlin_gen.reference import gemm_reference  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
 
-NAN_F16 = 0x7E00
+NAN = 0x7FFF  # in both types
 MMA_RANGES = 3  # clusters along the features of a mma case
 
 
@@ -81,40 +85,25 @@ def _max_clusters(config: KernelConfig, problem: Problem) -> int:
 
 
 class Operands(NamedTuple):
-    weight: np.ndarray  # uint32 words, packed
-    scales: np.ndarray  # f16, packed
-    decoded: np.ndarray  # f32 [n, k], the reference's weight
+    a: torch.Tensor  # [m, k]
+    packed: PackedWeight
+    bias: torch.Tensor  # [n]
+    reference: torch.Tensor  # fp32 [m, n]
 
 
-@lru_cache(maxsize=64)
-def operands(n: int, k: int, group_size: int) -> Operands:
-    """A random weight, the same on every call."""
-    random = np.random.default_rng(n * 65536 + k)
-    codes = random.integers(0, 16, (n, k), dtype=np.uint8)
-    scales = random.uniform(0.005, 0.025, (n, k // group_size)).astype(np.float16)
-    return Operands(pack_codes(codes), pack_scales(scales), decode(codes, scales))
+def operands(problem: Problem) -> Operands:
+    """Random ones on the host, the same on every call."""
+    generator = torch.Generator().manual_seed(problem.n * 65536 + problem.k)
+    dtype = getattr(torch, dtype_row(problem.act_dtype).torch_name)
+    fmt = weight_format(problem.weight_format)
+    codes, scales = random_weight(problem.n, problem.k, fmt, dtype, generator=generator)
+    a = torch.randn(problem.m, problem.k, generator=generator).to(dtype)
+    bias = torch.randn(problem.n, generator=generator).to(dtype)
+    return Operands(a, pack(codes, scales, fmt.name), bias, gemm_reference(a, codes, scales, fmt.name, bias))
 
 
-def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The weight f32 [n, k] of codes uint8 [n, k] and scales f16 [n, groups], unrounded."""
-    centred = codes.astype(np.float32).reshape(*scales.shape, -1) - 8
-    return (centred * scales[:, :, None].astype(np.float32)).reshape(codes.shape)
-
-
-def pack_codes(codes: np.ndarray) -> np.ndarray:
-    """uint8 [n, k] to the packed uint32 [n / 64, k / 64, 512]: ``layout.pack`` without torch (a test compares them)."""
-    n, k = codes.shape
-    # n64, row block, row half, g, k64, step, k half, t, parity -> n64, k64, row block, g, t, step, parity, k half, half
-    blocks = codes.reshape(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2).transpose(0, 4, 1, 3, 7, 5, 8, 6, 2)
-    nibbles = blocks.reshape(n // 64, k // 64, 512, 8).astype(np.uint32)
-    return np.bitwise_or.reduce(nibbles << np.arange(0, 32, 4, dtype=np.uint32), axis=-1)
-
-
-def pack_scales(scales: np.ndarray) -> np.ndarray:
-    """f16 [n, groups] to the packed f16 [n / 64, groups, 64]."""
-    n, groups = scales.shape
-    pairs = scales.reshape(n // 64, 4, 2, 8, groups).transpose(0, 4, 1, 3, 2)
-    return np.ascontiguousarray(pairs).reshape(n // 64, groups, 64)
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy()
 
 
 class Buffer:
@@ -145,13 +134,13 @@ def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
     shape = family.launch_shape(case.plan, p, num_sms, min(resident, case.max_clusters))
     print(f"case {spec.key} symbol={symbol} n={p.n} k={p.k} m={p.m} grid={shape.grid}", flush=True)
 
-    given = operands(p.n, p.k, spec.format_row.group_size)
-    a = np.random.default_rng(p.m).standard_normal((p.m, p.k)).astype(np.float16)
+    given = operands(p)
     arrays = {
-        "a": a,
-        "c": np.full((p.m, p.n), NAN_F16, np.uint16),
-        "weight": given.weight,
-        "scales": given.scales,
+        "a": as_bytes(given.a),
+        "c": np.full((p.m, p.n), NAN, np.uint16),
+        "weight": as_bytes(given.packed.weight),
+        "scales": as_bytes(given.packed.scales),
+        "bias": as_bytes(given.bias),
         "partials": np.full(max(shape.partials_bytes // 4, 1), np.nan, np.float32),
         "locks": np.zeros(max(shape.num_locks, 1), np.int32),
     }
@@ -166,17 +155,17 @@ def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
                 arguments.append(ctypes.c_uint64(int(buffers[name].handle)))
         size = shape.grid, shape.threads, shape.smem_bytes, shape.cluster
         for dependent in (False, True) if spec.arch_row.has_tma else (False,):  # both ways through the kernel
+            print(f"  dependent={dependent}", flush=True)
             all_arguments = [*arguments, *map(ctypes.c_int32, (*shape.scalars, dependent))]
             driver.launch(function, driver.launch_config(*size, dependent), all_arguments, 0)
-        call("cuCtxSynchronize")
-        c = buffers["c"].read().view(np.float16).astype(np.float32)
+            call("cuCtxSynchronize")
+        c = torch.from_numpy(buffers["c"].read().view(np.int16)).view(given.a.dtype).float()
         if (locks := buffers["locks"].read()).any():
             raise driver.LaunchError(f"locks are not zero afterwards: {locks.tolist()}")
     finally:
         for buffer in buffers.values():
             buffer.free()
-    reference = a.astype(np.float32) @ given.decoded.T
-    return float(np.linalg.norm(c - reference) / np.linalg.norm(reference))
+    return float((c - given.reference).norm() / given.reference.norm())
 
 
 def shipped(tables: list[DispatchTable], capability: tuple[int, int]) -> dict[str, tuple[Path, str]]:
@@ -209,9 +198,11 @@ def main() -> int:
             failed += 1
             print(f"failed {key}: {refused}", flush=True)
             continue
-        wrong = not error < ERROR_LIMIT  # also for NaN
+        wrong = not error < dtype_row(KernelSpec.from_key(key).act_dtype).error_limit  # also for NaN
         failed += wrong
-        print(f"failed {key}: relative error {error:.2e}" if wrong else f"done {key} error={error:.2e} seconds={time.monotonic() - began:.1f}", flush=True)
+        took = f"seconds={time.monotonic() - began:.1f}"
+        found = f"failed {key}: wrong," if wrong else f"done {key}"
+        print(f"{found} error={error:.2e} {took}", flush=True)
     print(f"{len(options.specs or kernels)} kernels, {failed} failed", flush=True)
     return 1 if failed or not kernels else 0
 

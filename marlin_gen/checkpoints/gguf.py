@@ -15,7 +15,9 @@ of ``attn_q`` and ``attn_k`` so that rotary pairs are neighbours (2 i, 2 i + 1),
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,16 @@ if TYPE_CHECKING:
 GROUP_SIZE = 32  # weights of a block
 FLOATS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 QUANTIZED = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # bytes of a block
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file."""
+
+    name: str
+    nbytes: int
+    is_quantised: bool  # ``read`` returns a QuantizedWeight, else a tensor
+    read: Callable[[], QuantizedWeight | torch.Tensor]
 
 
 def open_reader(path: str | os.PathLike[str]) -> GGUFReader:
@@ -54,6 +66,16 @@ def read_tensors(reader: GGUFReader) -> Iterator[tuple[str, QuantizedWeight | to
     for tensor in reader.tensors:
         _check(tensor)
     return ((tensor.name, _read(tensor)) for tensor in reader.tensors)
+
+
+def stored_tensors(reader: GGUFReader) -> list[Stored]:
+    """The same tensors, each to be read when wanted, in any order."""
+    for tensor in reader.tensors:
+        _check(tensor)
+    return [
+        Stored(tensor.name, int(tensor.n_bytes), tensor.tensor_type.name in QUANTIZED, partial(_read, tensor))
+        for tensor in reader.tensors
+    ]
 
 
 def read_metadata(reader: GGUFReader) -> dict[str, Any]:

@@ -44,6 +44,13 @@ def cells_progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
+def counted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A function to call with (done, total, what was done last)."""
+    with _display(TextColumn("{task.fields[state]}", markup=False)) as show:
+        yield lambda done, total, said: show(label, done, total, said)
+
+
+@contextmanager
 def _display(extra: TextColumn) -> Iterator[Callable[[str, int, int, str], None]]:
     """show(phase, done, total, state): redraws the bar, or prints a line when the phase or enough time has passed."""
     if not err.is_terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +13,21 @@ from marlin_gen import layout, op
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT, DTYPES, FORMATS, LAYOUT_VERSION, dtype, weight_format
 from marlin_gen.problem import SIZE_UNIT, Problem, check_shape
 
+TYPES = Path(__file__).resolve().parents[2] / "templates/include/marlin_gen/types.cuh"
+ENUM = TYPES.read_text().split("enum class Offset")[1].split("};")[0]
+OFFSETS = [name.lower() for name in re.findall(r"^  k(\w+)", ENUM, re.MULTILINE)]
+
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_weight_format_row(name):
     fmt = FORMATS[name]
     assert fmt.name == name and weight_format(name) is fmt
     assert re.fullmatch(r"[a-z0-9]+", name), "a token of keys and file names"
-    assert fmt.has_zeros if fmt.zero_point is None else 0 <= fmt.zero_point < fmt.codes
+    assert fmt.offset in OFFSETS and (0 < fmt.zero_point < fmt.codes) == (fmt.offset == "constant")
     assert fmt.group_size % SIZE_UNIT == 0 or SIZE_UNIT % fmt.group_size == 0
-    assert fmt.scale_dtype in DTYPES
     n, k = 64, 2 * max(fmt.group_size, SIZE_UNIT)
-    halves = n * (k // fmt.group_size) * (2 if fmt.has_zeros else 1)
-    assert fmt.packed_bytes(n, k) * 8 == n * k * fmt.bits + halves * DTYPES[fmt.scale_dtype].bytes * 8
+    halves = n * (k // fmt.group_size) * (2 if fmt.has_offsets else 1)
+    assert fmt.packed_bytes(n, k) * 8 == n * k * fmt.bits + halves * 16
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -24,6 +24,8 @@ ONLY = {
     "rich": {"cli"},
     "ninja": {"compile"},
     "gguf": {"checkpoints"},
+    "transformers": {"hf", "convert"},
+    "safetensors": {"convert"},
 }
 # Not in the table: the package front, which names public things of every layer, and the standalone compiler command.
 OUTSIDE = {"__init__", "__main__", "nvrtc_compile"}

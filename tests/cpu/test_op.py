@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import marlin_gen
-from marlin_gen.layout import pack
+from marlin_gen.formats import FORMATS
+from marlin_gen.layout import SCALE_DTYPES, pack
+from marlin_gen.operands import random_weight
 from marlin_gen.reference import dequantize, gemm_reference
 
 
@@ -66,6 +68,26 @@ def test_opcheck(shape, requires_grad):
     torch.library.opcheck(torch.ops.marlin_gen.gemm.default, (a, PACKED.weight, PACKED.scales))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+def test_every_format_in_both_types_with_a_bias(name, dtype):
+    codes, scales = random_weight(64, 256, FORMATS[name], dtype, generator=torch.Generator().manual_seed(3))
+    a, bias = activations(5, 256).to(dtype), activations(64).to(dtype)
+    c = marlin_gen.gemm(a, pack(codes, scales, name), bias)
+    assert c.dtype == dtype
+    assert torch.equal(c, gemm_reference(a, codes, scales, name, bias).to(dtype))
+    assert not torch.equal(c, marlin_gen.gemm(a, pack(codes, scales, name)))
+
+
+def test_gradients_with_a_bias():
+    a, bias = activations(6, 256).requires_grad_(), activations(128).requires_grad_()
+    operands = (a, PACKED.weight, PACKED.scales, bias)
+    torch.library.opcheck(torch.ops.marlin_gen.gemm.default, operands)
+    grad = activations(6, 128)
+    marlin_gen.gemm(a, PACKED, bias).backward(grad)
+    assert torch.allclose(bias.grad.float(), grad.float().sum(0), rtol=1e-2, atol=1e-2) and a.grad is not None
+
+
 def test_gradient_of_activations():
     a = activations(6, 256).requires_grad_()
     grad = activations(6, 128)
@@ -112,7 +134,9 @@ def test_export():
 
 BAD = {
     "activation dtype": (lambda o: o.update(a=o["a"].float()), TypeError, r"a is torch.float32; .* a.half\(\)"),
-    "bfloat16": (lambda o: o.update(a=o["a"].bfloat16()), TypeError, r"a is torch.bfloat16; .* torch.float16"),
+    "bfloat16": (lambda o: o.update(a=o["a"].bfloat16()), TypeError, r"a is torch.bfloat16 .* torch.float16; convert"),
+    "bias": (lambda o: o.update(bias=SCALES[:, 0][:64]), ValueError, r"bias is torch.float16 \[64\] .* \[128\]"),
+    "bias dtype": (lambda o: o.update(bias=torch.zeros(128)), ValueError, r"bias is torch.float32 .* torch.float16"),
     "k mismatch": (lambda o: o.update(a=o["a"][:, :128]), ValueError, r"a has shape \[2, 128\]; .* k=256"),
     "scalar": (lambda o: o.update(a=o["a"][0, 0]), ValueError, r"a has shape \[\]; .* k=256"),
     "weight dtype": (
@@ -123,7 +147,7 @@ BAD = {
     "weight not packed": (
         lambda o: o.update(weight=CODES.int()),
         ValueError,
-        r"\[128, 256\]; the packed layout is .*512",
+        r"\[128, 256\]; the packed layout of u4b8g128 is .*512",
     ),
     "scales dtype": (lambda o: o.update(scales=o["scales"].float()), ValueError, r"torch.float32 .* torch.float16"),
     "scales not packed": (lambda o: o.update(scales=SCALES), ValueError, r"\[128, 2\]; .*n=128, k=256.* \[2, 2, 64\]"),
@@ -135,7 +159,7 @@ BAD = {
     "weight format": (
         lambda o: o.update(weight_format="u3"),
         ValueError,
-        "unknown weight format 'u3'; known: u4b8g128",
+        "unknown weight format 'u3'; known: .*u4b8g128",
     ),
     "device": (lambda o: o.update(weight=o["weight"].to("meta")), ValueError, r"weight on meta.*packed.to\(a.device\)"),
     "strided weight": (

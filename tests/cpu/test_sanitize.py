@@ -1,4 +1,4 @@
-"""tools/sanitize.py without a GPU: its packing, its cases, what it makes of a sanitizer's words, and a dry run."""
+"""tools/sanitize.py without a GPU: its cases, what it makes of a sanitizer's words, and a dry run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,8 +17,6 @@ from marlin_gen.config import KernelConfig, KernelSpec
 from marlin_gen.dispatch import find_tables
 from marlin_gen.families import FAMILIES
 from marlin_gen.formats import FORMATS
-from marlin_gen.layout import pack
-from marlin_gen.reference import gemm_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,22 +48,6 @@ OTHERS = [
     "mma-m8n16k256-w1x4-s2-b4-c1-tiles-deferred",
     "mma-m8n256k64-w4x2-s2-b1-c1-tiles-deferred",
 ]
-
-
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (192, 512)])
-def test_the_numpy_packing_is_that_of_the_layout(n, k):
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    scales = torch.rand(n, k // 128).half()
-    packed = pack(codes, scales)
-    assert np.array_equal(sanitize_case.pack_codes(codes.numpy()).view(np.int32), packed.weight.numpy())
-    assert np.array_equal(sanitize_case.pack_scales(scales.numpy()), packed.scales.numpy())
-
-
-def test_the_reference_is_that_of_the_package():
-    codes = torch.randint(0, 16, (64, 256), dtype=torch.uint8)
-    scales = torch.rand(64, 2).half()
-    decoded = torch.from_numpy(sanitize_case.decode(codes.numpy(), scales.numpy()))
-    assert torch.equal(gemm_reference(torch.eye(256), codes, scales).T, decoded)
 
 
 @pytest.mark.parametrize("spec", every_spec(), ids=lambda spec: spec.key)
@@ -209,25 +190,26 @@ class HostDriver:
         pointer = given["c_map"][0] if "c_map" in given else given["c"].value
         a_pointer = given["a_map"][0] if "a_map" in given else given["a"].value
         assert len(self.memory[pointer]) == p.m * p.n * 2 and len(self.memory[a_pointer]) == p.m * p.k * 2
-        a = np.frombuffer(self.memory[a_pointer], np.float16).reshape(p.m, p.k).astype(np.float32)
-        c = (a @ sanitize_case.operands(p.n, p.k, 128).decoded.T).astype(np.float16)
+        given = sanitize_case.operands(p)
+        assert bytes(self.memory[a_pointer]) == sanitize_case.as_bytes(given.a).tobytes()
+        assert bytes(self.memory[arguments[names.index("bias")].value]) == sanitize_case.as_bytes(given.bias).tobytes()
+        c = given.reference.to(given.a.dtype).view(torch.int16).numpy()
         ctypes.memmove(pointer, c.ctypes.data, c.nbytes)
 
 
-@pytest.mark.parametrize("key", ["mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred", OTHERS[1], OTHERS[2]])
-def test_dry_run(key, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("key", "numbers"),
+    [
+        ("mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred", "u4b8g128-f16"),
+        (OTHERS[1], "u4zg64-bf16"),
+        (OTHERS[2], "u8b128g32-bf16"),
+    ],
+)
+def test_dry_run(key, numbers, monkeypatch, capsys):
     """Everything but the kernel: operands of exact size, arguments in the kernel's order, nothing left allocated."""
     pytest.importorskip("cuda.bindings.driver")
-    spec = KernelSpec(KernelConfig.from_key(key), "u4b8g128", "f16", "sm_90a")
+    spec = KernelSpec.from_key(f"{key}-{numbers}-sm_90a")
     host = HostDriver(monkeypatch, spec)
-    assert sanitize_case.run(spec, Path("none.cubin"), "kernel", 132) < 1e-3
+    assert sanitize_case.run(spec, Path("none.cubin"), "kernel", 132) < 4e-3
     assert not host.memory and host.dependent == [0, 1]
     assert capsys.readouterr().out.startswith(f"case {spec.key} symbol=kernel n=")
-
-
-def test_the_cases_run_without_torch():
-    code = (
-        "import sys; sys.path.insert(0, 'tools'); import sanitize_case; sanitize_case.operands(64, 128, 128);"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,129 @@
+"""What transformers calls before and after it loads weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantizer
+from transformers.utils import logging
+
+from marlin_gen.checkpoints.names import quantised_layers
+from marlin_gen.hf.config import METHOD, MarlinGenConfig
+from marlin_gen.hf.staged import Staged, header_entries
+from marlin_gen.layout import SCALE_DTYPES
+from marlin_gen.nn import QuantLinear
+from marlin_gen.replace import quantize_model
+
+logger = logging.get_logger(__name__)
+
+
+@register_quantizer(METHOD)
+class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts ``QuantLinear``s where a checkpoint has quantised layers; see ``MarlinGenConfig``."""
+
+    quantization_config: MarlinGenConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MarlinGenConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.dtype = torch.float16
+        if self.pre_quantized and quantization_config.formats is None and quantization_config.source is None:
+            raise ValueError("the checkpoint's quantization_config names no layers: convert it again")
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Activations are float16 or bfloat16; of a packed checkpoint, those that it was packed for."""
+        wanted = dtype if dtype in SCALE_DTYPES else torch.float16
+        if self.quantization_config.formats is not None and self.quantization_config.dtype is not None:
+            wanted = getattr(torch, self.quantization_config.dtype)
+        if dtype not in (wanted, torch.float32):  # float32 is what not asking for one means to older releases
+            logger.warning(f"marlin_gen: dtype {dtype} becomes {wanted}, the type of the layers' activations")
+        self.dtype = wanted
+        return wanted
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            return
+        if config.formats is not None:
+            for name, weight_format in config.formats.items():
+                self._replace(model, name, lambda linear, fmt=weight_format: QuantLinear(
+                    linear.in_features, linear.out_features, linear.bias is not None, fmt, "meta", self.dtype
+                ))  # fmt: skip
+            return
+        if not checkpoint_files:
+            raise ValueError("a foreign checkpoint is read from safetensors files; state_dict= alone will not do")
+        assert config.source is not None
+        entries = header_entries(checkpoint_files)
+        for layer, lasts in quantised_layers(entries, config.source.get("quant_method")).items():
+            tensors = {last: entries[f"{layer}.{last}"] for last in lasts}
+            self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(
+                layer, tensors, linear, self.dtype
+            ))  # fmt: skip
+
+    def _replace(self, model: nn.Module, name: str, make: Any) -> None:
+        """Put ``make(linear)`` where ``model`` has the nn.Linear that a checkpoint calls ``name``."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        is_base = getattr(model, "base_model", model) is model  # AutoModel: the checkpoint's names have a prefix more
+        if is_base and not name.startswith(prefix):
+            return  # of the head, which this model has not
+        target = name.removeprefix(prefix) if is_base else name
+        try:
+            linear = model.get_submodule(target)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            what = "no such module" if linear is None else f"a {type(linear).__name__} of that name"
+            raise ValueError(
+                f"{name} is a quantised linear layer of the checkpoint, but {type(model).__name__} has {what};"
+                " marlin_gen loads models whose quantised layers are each an nn.Linear"
+            )
+        parent, _, last = target.rpartition(".")
+        setattr(model.get_submodule(parent), last, make(linear))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        config = self.quantization_config
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        if not self.pre_quantized:
+            found = quantize_model(model, config.weight_format, config.skip)
+            logger.info(str(found))
+            config.formats = {name: config.weight_format for name in found.replaced}
+            return model
+        if config.source is not None and config.formats is None:
+            config.formats = {}
+            for target, staged in [(n, m) for n, m in model.named_modules() if isinstance(m, Staged)]:
+                module, reason = staged.finished(config.source)
+                parent, _, last = target.rpartition(".")
+                setattr(model.get_submodule(parent), last, module.train(staged.training))
+                if isinstance(module, QuantLinear):
+                    config.formats[staged.name] = module.weight_format
+                else:
+                    config.unheld[staged.name] = reason
+                del staged
+            if config.unheld:
+                listed = "; ".join(f"{name} ({reason})" for name, reason in config.unheld.items())
+                warnings.warn(
+                    f"marlin_gen: {len(config.unheld)} of {len(config.unheld) + len(config.formats)} quantised layers"
+                    f" run as nn.Linear in {config.dtype}, for no kernel format holds them: {listed}",
+                    stacklevel=2,
+                )
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """``save_pretrained`` writes what ``from_pretrained`` reads: a folder in the packed layout."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Of adapters beside it: gradients reach the activations."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

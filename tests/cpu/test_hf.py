@@ -1,0 +1,208 @@
+"""Checkpoints through transformers: every layer on QuantLinear, answers as those of the dequantised weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from foreign import METHODS, small_config, write_checkpoint
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import marlin_gen.hf as hf
+from marlin_gen import QuantLinear
+from marlin_gen.cli.root import main
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = torch.arange(7, 31)[None]
+pytestmark = pytest.mark.filterwarnings("ignore:marlin_gen. .* for no kernel format holds them:UserWarning")
+
+
+def kinds(model):
+    """{layer: class} of every linear layer."""
+    linears = (nn.Linear, QuantLinear)
+    return {name: type(module) for name, module in model.named_modules() if isinstance(module, linears)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def difference(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def greedy(model):
+    torch.manual_seed(0)
+    return model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def check(model, dense, odd=()):
+    """Answers of the dequantised model, within what f16 does; every quantised layer but ``odd`` on QuantLinear."""
+    assert set(kinds(model)) == set(kinds(dense))
+    for name, kind in kinds(model).items():
+        assert kind is (nn.Linear if name == "lm_head" or name in odd else QuantLinear), name
+    assert model.dtype == torch.float16 and not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert difference(logits(model), logits(dense)) < 3e-3
+    assert greedy(model) == greedy(dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_converted_folder(tmp_path, method):
+    _, dense = write_checkpoint(tmp_path / "in", method, attention_bias=True)
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-gb", "0.001", "--keep-unsupported"]
+    assert main(arguments) == 0
+    unheld = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["unheld"]
+    assert method == "hqq" or not unheld
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    check(model, dense, unheld)
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+
+    direct = hf.from_pretrained(tmp_path / "in").state_dict()
+    state = model.state_dict()
+    assert direct.keys() == state.keys() and all(torch.equal(direct[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_in_bfloat16(tmp_path, method):
+    """Scales that are rounded to bf16 make another weight: that of the dense model in bf16, but for its rounding."""
+    _, dense = write_checkpoint(tmp_path / "in", method, attention_bias=True)
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    expected = logits(dense.bfloat16())
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    direct = hf.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
+    for model in (converted, direct):
+        layer = model.model.layers[0].self_attn.q_proj
+        assert isinstance(layer, QuantLinear)
+        assert {model.dtype, layer.scales.dtype, layer.bias.dtype} == {torch.bfloat16}
+        assert difference(logits(model), expected) < 0.03
+    assert torch.equal(logits(converted), logits(direct))
+    direct.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(direct))
+
+
+def test_saved_and_loaded_again(tmp_path):
+    _, dense = write_checkpoint(tmp_path / "in", "gptq")
+    model = hf.from_pretrained(tmp_path / "in")
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    check(again, dense)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_base_model_of_a_checkpoint(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq")
+    whole = hf.from_pretrained(tmp_path / "in")
+    base = hf.from_pretrained(tmp_path / "in", auto_class=AutoModel)
+    assert QuantLinear in kinds(base).values() and nn.Linear not in kinds(base).values()
+    with torch.no_grad():
+        assert torch.equal(base(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+def test_unsupported_layers_fall_through_with_one_warning(tmp_path):
+    _, dense = write_checkpoint(tmp_path / "in", "awq", head_dim=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = hf.from_pretrained(tmp_path / "in")
+    odd = {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "kv"}
+    (said,) = [str(one.message) for one in caught if str(one.message).startswith("marlin_gen")]
+    assert said.startswith("marlin_gen: 4 of 14 quantised layers run as nn.Linear in float16, for no kernel")
+    assert all(f"{name} (n=32 is not a positive multiple of 64" in said for name in odd)
+    check(model, dense, odd)
+
+    model.save_pretrained(tmp_path / "saved")
+    check(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), dense, odd)
+
+
+def test_damage_is_named(tmp_path):
+    def change(layer, tensors):
+        if layer.endswith("1.mlp.up_proj"):
+            tensors["scales"][0, 3] = float("nan")
+
+    write_checkpoint(tmp_path / "in", "gptq", change=change)
+    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: scales holds nan"):
+        hf.from_pretrained(tmp_path / "in")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq")
+    path = tmp_path / "in/config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "intermediate_size": 512}))
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.gate_proj is 384 x 256 in the checkpoint, 512 x 256 in"):
+        hf.from_pretrained(tmp_path / "in")
+    path.write_text(json.dumps({**about, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"model.layers.1.\S+ is a quantised linear .* has no such module"):
+        hf.from_pretrained(tmp_path / "in")
+
+
+def test_a_float_checkpoint_is_quantised(tmp_path):
+    torch.manual_seed(0)
+    source = transformers.LlamaForCausalLM(small_config()).half().eval()
+    source.save_pretrained(tmp_path / "float")
+    config = hf.MarlinGenConfig("u4zg32", skip=("lm_head", "*.down_proj"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    found = kinds(model)
+    assert [name for name, kind in found.items() if kind is nn.Linear] == [
+        "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"
+    ]  # fmt: skip
+    assert {module.weight_format for module in model.modules() if isinstance(module, QuantLinear)} == {"u4zg32"}
+    assert difference(logits(model), logits(source)) < 0.25
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert kinds(again) == found and torch.equal(logits(again), logits(model))
+
+    with pytest.raises(ValueError, match=r"is not quantised; give quantization_config=MarlinGenConfig"):
+        hf.from_pretrained(tmp_path / "float")
+
+
+@pytest.fixture
+def restored():
+    """transformers' own registries as they were."""
+    mappings = (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)
+    before = [dict(mapping) for mapping in mappings]
+    yield
+    for mapping, old in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(old)
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_taking_over_lets_from_pretrained_itself_load_them(tmp_path, method):
+    _, dense = write_checkpoint(tmp_path / "in", method)
+    hf.take_over([method])
+    check(AutoModelForCausalLM.from_pretrained(tmp_path / "in"), dense)
+    with pytest.raises(ValueError, match="'fp8' is not read; known: awq, compressed-tensors, gptq, hqq"):
+        hf.take_over(["fp8"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"weight_format": "u3"}, "unknown weight format 'u3'"),
+        ({"formats": {"a": "u5"}}, "unknown weight format 'u5'"),
+        ({"formats": {}, "layout_version": 9}, "layout_version=9 is not 1: convert the checkpoint again"),
+        ({"bits": 4}, "MarlinGenConfig has no bits; it has weight_format and skip"),
+    ],
+)
+def test_what_a_config_refuses(settings, says):
+    with pytest.raises(ValueError, match=says):
+        hf.MarlinGenConfig(**settings)
+
+
+def test_serving_does_not_import_transformers():
+    code = (
+        "import sys, torch, marlin_gen; layer = marlin_gen.QuantLinear(128, 64); layer(torch.zeros(1, 128).half());"
+        " marlin_gen.quantize_model; print([m for m in ('transformers', 'safetensors', 'gguf') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
