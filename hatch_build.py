@@ -1,4 +1,4 @@
-"""The wheel's build hook: the native launcher, built, beside its sources. Without a C++ compiler the sources alone."""
+"""The wheel's build hook: the native launcher, built, beside its sources. Without a C++ compiler nothing is added."""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ class LauncherHook(BuildHookInterface):  # type: ignore[type-arg]
         from marlin_gen import native_build
 
         folder = root / "native"
-        include = build_data["force_include"]
-        include.update({str(path): f"{TARGET}/{path.name}" for path in native_build.sources(folder)})
         try:
-            # Beside the wheel, not among the sources: what lies there is some developer's.
             built = native_build.build(folder, Path(self.directory) / f".{native_build.LIBRARY}")
         except native_build.BuildError as error:
             self.app.display_warning(f"{error}. The wheel has no native launcher: kernels are launched from Python")
             return
-        include[str(built)] = f"{TARGET}/{native_build.LIBRARY}"
+        build_data["force_include"][str(built)] = f"{TARGET}/{native_build.LIBRARY}"
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 

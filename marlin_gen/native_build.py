@@ -1,7 +1,7 @@
 """Builds ``native/*.cpp``, the op's hot path, with a host C++ compiler: neither CUDA nor torch is needed to build it.
 
 A wheel brings the library built (``hatch_build.py``). A checkout builds it once, on the first call on a GPU, into
-``<cache>/native/<digest>/``; ``python -m marlin_gen.native_build`` puts it beside its sources, to be carried to a
+``<cache>/native/<digest>/``; ``python -m marlin_gen.native_build`` puts it into ``build/`` there, to be carried to a
 machine without a compiler. It is known by the digest of sources and flags, which it also says itself: one that is older
 than its sources is not used.
 """
@@ -84,7 +84,12 @@ def cached(folder: Path) -> Path:
 def candidates() -> list[Path]:
     """The libraries that may be there already, the one that came with the package first."""
     folder = env.native_dir()
-    return [path for path in (folder / LIBRARY, cached(folder)) if path.is_file()]
+    return [path for path in (folder / LIBRARY, carried(folder), cached(folder)) if path.is_file()]
+
+
+def carried(folder: Path) -> Path:
+    """Where a checkout's library lies when it was asked for: what is in ``folder`` itself goes into every wheel."""
+    return folder.parent / "build" / LIBRARY
 
 
 def build_cached() -> Path:
@@ -100,7 +105,7 @@ def build_cached() -> Path:
 def main() -> int:
     folder = env.native_dir()
     try:
-        print(build(folder, folder / LIBRARY))
+        print(build(folder, carried(folder)))
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

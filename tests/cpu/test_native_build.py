@@ -157,14 +157,14 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path):
     ]
     found = {process.communicate()[0].strip() for process in started}
     expected = tmp_path / "cache" / "native" / native_build.digest(NATIVE) / native_build.LIBRARY
-    assert found <= {str(expected), str(NATIVE / native_build.LIBRARY)} and all(p.returncode == 0 for p in started)
+    assert found <= {str(expected), str(native_build.carried(NATIVE))} and all(p.returncode == 0 for p in started)
     assert [path.name for path in expected.parent.glob("*")] in ([native_build.LIBRARY], [])
 
 
 def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
     folder = tmp_path / "native"
     shutil.copytree(NATIVE, folder, ignore=shutil.ignore_patterns("*.so"))
-    output = native_build.build(folder, folder / native_build.LIBRARY)
+    output = native_build.build(folder, native_build.carried(folder))
     assert output.stat().st_mode & 0o111
     monkeypatch.setattr(env, "native_dir", lambda: folder)
     assert native_build.candidates()[0] == output

@@ -71,6 +71,13 @@ def test_the_wheel_brings_the_launcher_built_and_its_sources(wheel):
     assert re.fullmatch(r".*-py3-none-linux_\w+\.whl", wheel.filename), "of every Python, of this platform"
 
 
+def test_a_wheel_for_another_kind_of_machine_has_the_sources_alone(tmp_path):
+    path = load_tool("collect_wheels").build_wheel(tmp_path, "some other machine")
+    assert path.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert "marlin_gen/_native/gemm.cpp" in names and not [name for name in names if name.endswith(".so")]
+
+
 @needs_compiler
 def test_an_unpacked_wheel_launches_natively_without_a_compiler(wheel, tmp_path):
     """On a driver that only records: the library is the wheel's, and nothing is built."""
@@ -278,19 +285,24 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
         ("torch", "2.9.0", "cp312-cp312-manylinux_2_28_x86_64"),  # for another machine
         ("torch", "2.10.0", "cp312-cp312-manylinux_2_28_aarch64"),
         ("torch", "2.11.0", "cp312-cp312-manylinux_2_36_aarch64"),  # needs a newer C library
+        ("accelerate", "1.10.0", "py3-none-any"),
         ("gguf", "0.19.0", "py3-none-any"),
+        ("transformers", "5.0.0", "py3-none-any"),
         ("safetensors", "0.6.0", "cp38-abi3-manylinux_2_17_aarch64"),
     ):
         tiny_wheel(index, name, version, tag)
 
-    def copied(folder: Path) -> Path:
-        return Path(shutil.copy(wheel.filename, folder))
+    def copied(folder: Path, machine: str) -> Path:
+        """As if built without the launcher, whose tag is this machine's."""
+        assert machine == "aarch64"
+        return Path(shutil.copy(wheel.filename, folder / "marlin_gen-0.1.0-py3-none-any.whl"))
 
     monkeypatch.setattr(tool, "build_wheel", copied)
     words = ["--out", str(out), "--python", "3.12", "--platform", "aarch64", "--extras", "hf"]
     assert tool.main([*words, "--pip=--no-index", f"--pip=--find-links={index}"]) == 0
     names = {"-".join(path.name.split("-")[:2]) for path in out.glob("*.whl")}
-    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == {"gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0"}
+    expected = {"accelerate-1.10.0", "gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0", "transformers-5.0.0"}
+    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == expected
     said = capfd.readouterr().out
     assert "4 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
