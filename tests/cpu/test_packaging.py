@@ -294,7 +294,6 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
 
     def copied(folder: Path, machine: str) -> Path:
         """As if built without the launcher, whose tag is this machine's."""
-        assert machine == "aarch64"
         return Path(shutil.copy(wheel.filename, folder / "marlin_gen-0.1.0-py3-none-any.whl"))
 
     monkeypatch.setattr(tool, "build_wheel", copied)
@@ -304,7 +303,7 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
     expected = {"accelerate-1.10.0", "gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0", "transformers-5.0.0"}
     assert names - {f"marlin_gen-{marlin_gen.__version__}"} == expected
     said = capfd.readouterr().out
-    assert "4 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
+    assert "6 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
     with pytest.raises(SystemExit):  # nothing there for x86_64 and 3.10: pip's own words say what is missing
         tool.main(["--out", str(tmp_path / "b"), "--python", "3.10", "--platform", "x86_64",
