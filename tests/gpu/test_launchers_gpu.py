@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,12 +31,11 @@ def library() -> native.Native:
 
 
 @pytest.fixture
-def python_launcher(monkeypatch) -> Iterator[None]:
+def python_launcher(monkeypatch) -> None:
     from marlin_gen import op
 
     monkeypatch.setattr(cuda_op, "direct", lambda: None)
     monkeypatch.setattr(op, "_direct", None)
-    return
 
 
 def by_python(a: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
