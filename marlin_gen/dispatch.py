@@ -26,6 +26,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +159,26 @@ class Dispatcher:
 def choose(problem: Problem, gpu: Gpu, tables: Sequence[DispatchTable]) -> Iterator[Choice]:
     """The candidates for one problem, best first. Build a ``Dispatcher`` to ask more than once."""
     return Dispatcher(gpu, tables, forced_plan()).choose(problem)
+
+
+def known_winners(
+    gpu: Gpu, tables: Sequence[DispatchTable], problems: Sequence[Problem], own: bool = True
+) -> list[Plan]:
+    """The plans that tables have for these problems, to be tried early by a search.
+
+    From tables of this GPU (unless not ``own``) and of related ones. A kind of numbers that they lack is served by
+    about the same plans as the default kind: those of that then.
+    """
+    dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
+    found: dict[Plan, None] = {}
+    for problem in problems:
+        usual = Problem(problem.n, problem.k, problem.m)
+        for asked in dict.fromkeys((problem, usual)):
+            choices = [choice.plan for choice in islice(dispatcher.choose(asked), 2) if choice.origin != "default"]
+            if choices:
+                found |= dict.fromkeys(choices)
+                break
+    return list(found)
 
 
 def forced_plan() -> Plan | None:
