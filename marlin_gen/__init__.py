@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight, pack, unpack
     from marlin_gen.nn import QuantLinear
     from marlin_gen.op import gemm
+    from marlin_gen.ranks import check_ranks, table_hash
     from marlin_gen.reference import dequantize, quantize
     from marlin_gen.replace import quantize_model
 
-__all__ = ["PackedWeight", "QuantLinear", "dequantize", "gemm", "pack", "quantize", "quantize_model", "unpack"]
+__all__ = [
+    "PackedWeight", "QuantLinear", "check_ranks", "dequantize", "gemm", "pack", "quantize", "quantize_model",
+    "table_hash", "unpack",
+]  # fmt: skip
 
 _HOME = {
     "PackedWeight": "layout",
@@ -32,6 +36,8 @@ _HOME = {
     "quantize": "reference",
     "gemm": "op",
     "QuantLinear": "nn",
+    "check_ranks": "ranks",
+    "table_hash": "ranks",
     "quantize_model": "replace",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from marlin_gen import csv_rows
 from marlin_gen.config import Plan
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Artifact, Measurement, Measurer
 from marlin_gen.problem import Problem
 
@@ -50,6 +51,12 @@ class BenchRow:
 
 
 COLUMNS = csv_rows.columns_of(BenchRow)
+
+
+def file_name(weight_format: str, act_dtype: str) -> str:
+    """The bench beside a table: bench.csv is of the default formats alone, so that reports compare like with like."""
+    is_default = (weight_format, act_dtype) == (DEFAULT_FORMAT, DEFAULT_DTYPE)
+    return "bench.csv" if is_default else f"bench-{weight_format}-{act_dtype}.csv"
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,9 @@ def measure(measurer: Measurer, choices: Sequence[tuple[Problem, Artifact, Plan]
 
 
 def write_csv(path: Path, rows: Iterable[BenchRow]) -> None:
-    """Write the rows sorted by shape and m; the file appears whole or not at all."""
+    """Write the rows sorted by shape, m and formats; the file appears whole or not at all."""
     # Four significant digits are below the spread of any of these times, and keep the diff of two runs readable.
-    csv_rows.write(path, BenchRow, sorted(rows, key=lambda r: (r.n, r.k, r.m)), digits=4)
+    csv_rows.write(path, BenchRow, sorted(rows, key=lambda r: r.problem), digits=4)
 
 
 def read_csv(path: Path) -> list[BenchRow]:

@@ -20,18 +20,21 @@ The rule, in order; a plan whose family rejects the problem is skipped:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from marlin_gen import env
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.families import FAMILIES, default_plan
-from marlin_gen.formats import weight_format
+from marlin_gen.families.base import LAUNCH_VERSION
+from marlin_gen.formats import LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_row import TableRow
@@ -169,14 +172,28 @@ def find_tables() -> list[DispatchTable]:
     Raises FileNotFoundError when MARLIN_GEN_TABLE holds none.
     """
     explicit = env.table_dir()
-    tables = _tables_below(explicit) if explicit else _tables_below(env.user_data_dir() / "tuned")
+    tables = tables_below(explicit) if explicit else tables_below(env.user_data_dir() / "tuned")
     if explicit and not tables and not any(_table_folders(explicit)):
         raise FileNotFoundError(f"MARLIN_GEN_TABLE={explicit} holds no {FILE_NAME}; name a folder that tune wrote")
-    return tables + _tables_below(env.tuned_dir())
+    return tables + tables_below(env.tuned_dir())
 
 
-def _tables_below(folder: Path) -> list[DispatchTable]:
-    return [table for found in _table_folders(folder) if (table := DispatchTable.load(found))]
+def tables_below(folder: Path, *, schemas: Sequence[int] = ()) -> list[DispatchTable]:
+    """The usable tables in ``folder`` and its subfolders; ``schemas``: earlier ones to read too."""
+    return [table for found in _table_folders(folder) if (table := DispatchTable.load(found, schemas=schemas))]
+
+
+def digest(tables: Sequence[DispatchTable], forced: Plan | None = None) -> str:
+    """sha256 (hex) of everything by which these tables, in this order, choose: rows, kernels, which of them are intact.
+
+    Where a table lies and when it was made do not count.
+    """
+    parts: list[Any] = [LAYOUT_VERSION, LAUNCH_VERSION, forced.key if forced else None]
+    for table in tables:
+        gpu = {name: value for name, value in table.gpu.to_json().items() if name != "name"}
+        kernels = [(key, kernel.sha256) for key, kernel in sorted(table.kernels.items()) if table.cubin(key)]
+        parts.append([gpu, kernels, [(vars(row.problem), row.plan.key) for row in table.rows]])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _table_folders(folder: Path) -> list[Path]:

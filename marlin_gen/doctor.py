@@ -117,7 +117,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _tables(gpu: Gpu | None) -> Iterator[Finding]:
-    from marlin_gen.dispatch import find_tables
+    from marlin_gen.dispatch import Dispatcher, digest, find_tables
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -128,6 +128,8 @@ def _tables(gpu: Gpu | None) -> Iterator[Finding]:
             return
     for warning in caught:
         yield Finding("table", False, str(warning.message), "restore the file from the repository, or tune again")
+    in_force = Dispatcher(gpu, tables).tables if gpu else tables
+    yield Finding("table hash", True, f"{digest(in_force)[:12]}, equal on all ranks of a job that choose alike")
     for table in tables:
         missing = sum(table.cubin(key) is None for key in table.kernels)
         fits = " (this GPU)" if gpu and gpu.same_class(table.gpu) else ""

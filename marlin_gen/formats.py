@@ -16,8 +16,8 @@ class DType:
     name: str  # the token in keys and file names
     torch_name: str  # getattr(torch, torch_name)
     bytes: int
-    # Of a result, relative, in the Frobenius norm, against the fp32 product of unrounded weights: twice what rounding to
-    # the type loses at most. cuBLAS has a quarter of it.
+    # Of a result, relative, in the Frobenius norm, against the fp32 product of unrounded weights: twice what rounding
+    # to the type loses at most. cuBLAS has a quarter of it.
     error_limit: float
 
 
@@ -68,9 +68,9 @@ class WeightFormat:
 
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2, 1e-3), DType("bf16", "bfloat16", 2, 8e-3))}
 
-# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. "u4z": about a whole zero point of each group (AWQ, GPTQ), "u4f":
-# about any number (HQQ), "u4m": up from a minimum (GGUF's Q4_1). Larger groups, and one scale a row, are packed as the largest
-# of these that divides them, their scales repeated: the same weight, bit for bit.
+# "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. "u4z": about a whole zero point of each group (AWQ, GPTQ),
+# "u4f": about any number (HQQ), "u4m": up from a minimum (GGUF's Q4_1). Larger groups, and one scale a row, are packed
+# as the largest of these that divides them, their scales repeated: the same weight, bit for bit.
 _KINDS = (
     ("u4b8", 4, "constant", 8),
     ("u4z", 4, "zeros", 0),

@@ -1,7 +1,7 @@
 """The one packed layout of a quantised weight, for every kernel, config, GPU and number of tokens.
 
-A 64 x 64 tile (features x k) of 4-bit codes is 512 contiguous 32-bit words, ``[row block of 16][lane][k16 step]``; tiles
-are ordered ``[n / 64][k / 64]``. One word holds the 8 codes a lane needs of one 16 x 16 block (g = lane / 4,
+A 64 x 64 tile (features x k) of 4-bit codes is 512 contiguous 32-bit words, ``[row block of 16][lane][k16 step]``;
+tiles are ordered ``[n / 64][k / 64]``. One word holds the 8 codes a lane needs of one 16 x 16 block (g = lane / 4,
 t = lane % 4, k counted inside the block):
 
     nibble   0    1     2     3      4     5     6     7
@@ -14,13 +14,13 @@ t = lane % 4, k counted inside the block):
     row      g    g    g+8   g+8  |  g     g    g+8   g+8
     k        2t  2t+1   2t   2t+1 | 2t+8  2t+9  2t+8  2t+9
 
-This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]`` in the
-type of the activations; in each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g and
-g + 8 as one word.
+This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]`` in
+the type of the activations; in each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g
+and g + 8 as one word.
 
-Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero points
-are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose codes come
-out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them.
+Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero
+points are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose
+codes come out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class PackedWeight:
 def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
     """Codes (uint8 [n, k]) and scales (f16 or bf16 [n, k / group_size]) to the packed layout, on their own device.
 
-    The scales' type is that of the activations. For a format with offsets, scales are [n, k / group_size, 2]: scale, and
-    zero point (whole, from 0 to ``codes``, in the formats called u4z) or minimum.
+    The scales' type is that of the activations. For a format with offsets, scales are [n, k / group_size, 2]: scale,
+    and zero point (whole, from 0 to ``codes``, in the formats called u4z) or minimum.
     Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
     Peak extra memory is about twice the packed weight.
     """

@@ -42,12 +42,15 @@ def presets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def model_shapes(model: str, tps: tuple[int, ...] = (1,)) -> list[LayerShape]:
-    """The distinct shapes of ``model`` (preset name, or path to a config.json) over all tensor-parallel degrees."""
+def model_shapes(model: str, tps: tuple[int, ...] = (1,), fmt: str = DEFAULT_FORMAT) -> list[LayerShape]:
+    """The distinct shapes of ``model`` (preset name, or path to a config.json) over all tensor-parallel degrees.
+
+    A ValueError when weights of format ``fmt`` cannot have one of them.
+    """
     config, source = load_config(model)
     if "shapes" in config:
-        return [LayerShape(model, *parse_shape(s)) for s in config["shapes"]]
-    return _distinct([layer for tp in tps for layer in layer_shapes(config, tp, source)])
+        return [LayerShape(model, *parse_shape(s, fmt)) for s in config["shapes"]]
+    return _distinct([layer for tp in tps for layer in layer_shapes(config, tp, source, fmt)])
 
 
 def load_config(model: str) -> tuple[dict[str, Any], str]:
@@ -72,7 +75,9 @@ def load_config(model: str) -> tuple[dict[str, Any], str]:
     raise ValueError(f"unknown model preset {model!r}{hint} Presets: {_preset_list()}; or give a path to a config.json")
 
 
-def layer_shapes(config: dict[str, Any], tp: int = 1, source: str = "config") -> list[LayerShape]:
+def layer_shapes(
+    config: dict[str, Any], tp: int = 1, source: str = "config", fmt: str = DEFAULT_FORMAT
+) -> list[LayerShape]:
     """The linear layers of one decoder layer on one of ``tp`` ranks, equal shapes merged.
 
     Raises a ValueError that names the field and ``source`` when the config lacks one, and the layer and
@@ -103,19 +108,19 @@ def layer_shapes(config: dict[str, Any], tp: int = 1, source: str = "config") ->
     ]
     for layer in layers:
         try:
-            check_shape(layer.n, layer.k, weight_format(DEFAULT_FORMAT))
+            check_shape(layer.n, layer.k, weight_format(fmt))
         except ValueError as error:
             raise ValueError(f"{source}: {layer.name} at tp={tp} is {layer.n}x{layer.k}: {error}") from None
     return _distinct(layers)
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """``4096x14336`` (n x k: output features, input features) to numbers the packed layout can hold."""
+def parse_shape(text: str, fmt: str = DEFAULT_FORMAT) -> tuple[int, int]:
+    """``4096x14336`` (n x k: output features, input features) to numbers the layout can hold in format ``fmt``."""
     found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
     if not found:
         raise ValueError(f"not a shape: {text!r}; write n x k in multiples of {SIZE_UNIT}, for example 4096x14336")
     n, k = int(found[1]), int(found[2])
-    check_shape(n, k, weight_format(DEFAULT_FORMAT))
+    check_shape(n, k, weight_format(fmt))
     return n, k
 
 

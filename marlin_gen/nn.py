@@ -83,7 +83,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_format: str = DEFAULT_FORMAT) -> QuantLinear:
-        """Quantise a float layer, on its own device, for activations in bfloat16 if it is of that type, else float16."""
+        """Quantise a float layer, on its own device; for bfloat16 activations if it is bfloat16, else for float16."""
         codes, scales = quantize(linear.weight.detach(), weight_format)
         return cls.from_packed(pack(codes, scales, weight_format), linear.bias)
 

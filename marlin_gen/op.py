@@ -23,8 +23,8 @@ ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 # Held for the life of the process: dropping a Library unregisters its operators.
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128', int layout_version=1)"
-    " -> Tensor",
+    "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128',"
+    " int layout_version=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -32,8 +32,8 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``a [..., k] @ B^T + bias`` with the packed weight B (n, k): [..., n], contiguous, on the current stream.
 
-    a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for this
-    GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
+    a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
+    this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
     """
     c: torch.Tensor = torch.ops.marlin_gen.gemm.default(

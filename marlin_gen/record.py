@@ -7,7 +7,6 @@ that is done with). Unknown kinds are skipped, so a newer log can be read. A rec
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import gzip
 import json
@@ -18,12 +17,15 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig
 from marlin_gen.measurement import PROTOCOL, Artifact, Baseline, Measurement
 from marlin_gen.problem import Problem
+from marlin_gen.whole_files import naming
 
 SCHEMA = 1
+MAX_BYTES = 1 << 30  # of a recording, unpacked: four million measurements
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Recording:
     batches: list[list[Proposal]] = field(default_factory=list)
     done: dict[KernelConfig, str] = field(default_factory=dict)  # config -> status
 
-    def configs(self) -> list[KernelConfig]:
-        """Every config that was tried, in order of first trial."""
-        return list(dict.fromkeys(m.plan.config for m in self.measurements))
+    def configs(self, kind: tuple[str, str] | None = None) -> list[KernelConfig]:
+        """Every config that was tried (``kind``: for this weight format and activation type), by first trial."""
+        rows = (m for m in self.measurements if kind in (None, (m.problem.weight_format, m.problem.act_dtype)))
+        return list(dict.fromkeys(m.plan.config for m in rows))
 
     def problems(self) -> list[Problem]:
         return sorted({m.problem for m in self.measurements})
@@ -176,74 +179,55 @@ def cut_torn_tail(file: RawIOBase) -> None:
 def load_recording(path: Path) -> Recording:
     """Read a log or a packed recording; ValueError naming the file if it is neither."""
     try:
-        raw = path.read_bytes()
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+        content = whole_files.read_unpacked(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the recording {path}: {error}") from error
-    return _parse(text.splitlines(), path)
+    return _parse(content.splitlines(), path)
 
 
 def pack(log: Path, recording: Path) -> None:
     """Compress a log, byte for byte the same for equal logs; atomic."""
-    with open(log, "rb") as file:
-        content = file.read()
-    content = content[: content.rfind(b"\n") + 1]
+    content = (raw := log.read_bytes())[: raw.rfind(b"\n") + 1]
     _parse(content.splitlines(), log)
     recording.parent.mkdir(parents=True, exist_ok=True)
-    temporary = recording.with_name(f".{recording.name}.{os.getpid()}")
     with naming(recording):
-        temporary.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
-        os.replace(temporary, recording)
+        whole_files.write(recording, gzip.compress(content, compresslevel=9, mtime=0))
 
 
 def _parse(lines: list[bytes], path: Path) -> Recording:
     rows = _rows(lines, path)
     head = next(rows, None)
-    if not head or head.get("kind") != "header" or head.get("schema") != SCHEMA:
+    if not isinstance(head, dict) or (head.get("kind"), head.get("schema")) != ("header", SCHEMA):
         raise ValueError(f"{path} is not a measurement log of schema {SCHEMA}; remove it, or name another")
-    found = Recording(Gpu.from_json(head["gpu"]), head["versions"], head["protocol"])
-    for row in rows:
-        match row["kind"]:
-            case "measurement":
-                found.measurements.append(Measurement.from_json(row))
-            case "final":
-                found.finals.append(Measurement.from_json(row))
-            case "baseline":
-                problem = _problem(row)
-                found.baselines[problem] = Baseline(problem, row["read_floor_us"], row["cublas_us"])
-            case "artifact":
-                found.artifacts[row["spec"]] = {k: v for k, v in row.items() if k not in ("kind", "spec")}
-            case "batch":
-                found.batches.append([Proposal.from_json(p) for p in row["proposals"]])
-            case "candidate":
-                found.done[KernelConfig.from_key(row["config"])] = row["status"]
+    try:
+        found = Recording(Gpu.from_json(head["gpu"]), dict(head["versions"]), head["protocol"])
+        for row in rows:
+            _take(row, found)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not ours
+        raise ValueError(f"{path} is damaged ({error!r}); remove it, or name another") from error
     return found
+
+
+def _take(row: dict[str, Any], found: Recording) -> None:
+    match row["kind"]:
+        case "measurement" | "final" as kind:
+            (found.finals if kind == "final" else found.measurements).append(Measurement.from_json(row))
+        case "baseline":
+            problem = _problem(row)
+            found.baselines[problem] = Baseline(problem, row["read_floor_us"], row["cublas_us"])
+        case "artifact":
+            found.artifacts[row["spec"]] = {k: v for k, v in row.items() if k not in ("kind", "spec")}
+        case "batch":
+            found.batches.append([Proposal.from_json(p) for p in row["proposals"]])
+        case "candidate":
+            found.done[KernelConfig.from_key(row["config"])] = row["status"]
 
 
 def _rows(lines: list[bytes], path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # torn by a kill: everything before it counts
                 return
             raise ValueError(f"{path}, line {number} is damaged ({error}); remove that line and run again") from error
-
-
-class naming:
-    """Turns a full disk into an error that names the file and says that what was written is kept."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"cannot write (disk or quota full: {os.strerror(error.errno)}); all earlier measurements are kept:"
-                " free some space and run the same command again",
-                str(self.path),
-            ) from error

@@ -22,7 +22,7 @@ def quantize(
     """A float weight [n, k] to codes (uint8 [n, k]) and scales ([n, k / group_size]), rounding to nearest.
 
     ``dtype``, of the scales and so of the activations, is float16 or bfloat16; by default bfloat16 for such a weight.
-    With offsets, scales are [n, k / group_size, 2]: scale, and zero point or minimum, from the group's least and largest.
+    With offsets, scales are [n, k / group_size, 2]: scale, and zero point or minimum, of the group's least and largest.
     Raises ValueError for a shape the packed layout cannot hold and for weights that are not finite or exceed the
     range of f16 scales.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from marlin_gen import env
 from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Stretch
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
@@ -48,7 +49,14 @@ class ReplayMeasurer:
     def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
         for problem in problems:
             if problem not in self.recording.baselines:
-                known = sorted({(p.n, p.k) for p in self.recording.baselines})
+                kinds = sorted({(p.weight_format, p.act_dtype) for p in self.recording.baselines})
+                kind = (problem.weight_format, problem.act_dtype)
+                if kind not in kinds:
+                    raise ValueError(
+                        f"the recording has nothing of {' '.join(kind)}; it has {', '.join(map(' '.join, kinds))}:"
+                        " ask for one of them, or tune on a GPU"
+                    )
+                known = sorted({(p.n, p.k) for p in self.recording.baselines if (p.weight_format, p.act_dtype) == kind})
                 raise ValueError(
                     f"the recording has no n={problem.n} k={problem.k} m={problem.m}; it has the shapes"
                     f" {', '.join(f'{n}x{k}' for n, k in known)}: ask for one of them, or tune on a GPU"
@@ -70,18 +78,39 @@ def recorded_artifact(recording: Recording, spec: KernelSpec) -> Artifact:
     return Artifact(spec, f"recorded_{spec.config.family}", Path(), **numbers)
 
 
+def recording_name(weight_format: str, act_dtype: str) -> str:
+    """The file of one kind's recorded trials beside the table: each kind has its own, so tuning one keeps the others'.
+
+    The default kind's is ``FILE_NAME``.
+    """
+    if (weight_format, act_dtype) == (DEFAULT_FORMAT, DEFAULT_DTYPE):
+        return FILE_NAME
+    return f"recording-{weight_format}-{act_dtype}.jsonl.gz"
+
+
 def shipped_recordings() -> dict[str, Path]:
-    """GPU slug -> file, for every recording that ships in ``tuned/``."""
+    """GPU slug -> file, for every recording of the default kind that ships in ``tuned/``."""
     return {path.parent.name: path for path in sorted(env.tuned_dir().glob(f"*/{FILE_NAME}"))}
 
 
 def find_recording(name: str) -> Recording:
-    """The recording that ``--device replay:NAME`` means: a slug, the start of one ("h100"), or a file."""
-    shipped = shipped_recordings()
-    matches = [path for slug, path in shipped.items() if slug == name or slug.startswith(f"{name}-")]
+    """The recording that ``--device replay:NAME`` means: a slug, the start of one ("h100"), or a file.
+
+    A slug's is that of all its kinds, read as one.
+    """
     if Path(name).is_file():
-        matches = [Path(name)]
+        return load_recording(Path(name))
+    shipped: dict[str, list[Path]] = {}
+    for path in sorted(env.tuned_dir().glob("*/recording*.jsonl.gz")):
+        shipped.setdefault(path.parent.name, []).append(path)
+    matches = [paths for slug, paths in shipped.items() if slug == name or slug.startswith(f"{name}-")]
     if len(matches) != 1:
         known = ", ".join(shipped) or "none ship with this version"
         raise ValueError(f"no single recording is called {name!r}; known: {known}; a path to a recording works too")
-    return load_recording(matches[0])
+    first, *others = map(load_recording, sorted(matches[0], key=lambda path: (path.name != FILE_NAME, path.name)))
+    for other in others:
+        first.measurements += other.measurements
+        first.finals += other.finals
+        first.baselines |= other.baselines
+        first.artifacts |= other.artifacts
+    return first

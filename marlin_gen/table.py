@@ -1,33 +1,33 @@
 """Dispatch tables: what was measured to be fastest on one GPU, and the compiled kernels it names.
 
 A folder ``tuned/<gpu.slug>`` holds ``table.json`` (one row per line, sorted, named fields) and ``kernels/<spec
-key>.cubin``, whose sha256 the table records. Whatever cannot be read or trusted is left out with one warning per
-table, so a damaged table costs speed and never a crash or a wrong result. Writes are atomic and locked: two processes
-may tune into, or load from, one folder at once. A reader that meets a cubin of the other side of a write sees a hash
-that differs, which is a miss.
+key>.cubin``, whose sha256 the table records; the table's own is its first field. Whatever cannot be read or trusted is
+left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Writes are
+atomic and locked: any number of processes may tune into, import into and load from one folder at once.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
-from marlin_gen.formats import LAYOUT_VERSION
 from marlin_gen.measurement import PROTOCOL, Artifact
-from marlin_gen.table_row import FieldError, KernelFile, TableRow, take
+from marlin_gen.table_file import FILE_NAME, MAX_CUBIN_BYTES, Parsed, file_text, read_file
+from marlin_gen.table_row import KernelFile, TableRow
 
-SCHEMA = 2  # 2: kernels take a tensor map for the last token tile, and a bias
-FILE_NAME = "table.json"
+__all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "parse", "publish"]
+
+
+READ_SECONDS = 2.0  # that serving waits for a writer, at most, and only to judge a kernel that looks damaged
+PREFERENCES = ("newer", "older", "faster")  # whose row of a problem a merge keeps
 
 
 class TableWarning(UserWarning):
@@ -59,15 +59,37 @@ class DispatchTable:
             raise ValueError(f"no artifact for {len(missing)} kernels that rows name, the first is {missing[0]}")
         return table
 
-    def merged(self, newer: DispatchTable) -> DispatchTable:
-        """The rows of both, the newer one's where both have a problem; kernels that nothing names are dropped."""
-        rows = {row.problem: row for row in (*self.rows, *newer.rows)}
+    def merged(self, newer: DispatchTable, prefer: str = "newer") -> DispatchTable:
+        """The rows of both; ``prefer`` says whose where both have a problem: one of ``PREFERENCES``.
+
+        Kernels that nothing names are dropped; of two builds of one kernel the newer table's stays only under "newer".
+        """
+        if prefer not in PREFERENCES:
+            raise ValueError(f"prefer={prefer!r} is not one of {', '.join(PREFERENCES)}")
+        if prefer == "faster" and self.protocol != newer.protocol:
+            raise ValueError(
+                f"the times of these tables cannot be compared: protocols {self.protocol!r} and {newer.protocol!r};"
+                " say whose rows to take, newer or older"
+            )
+        rows = {row.problem: row for row in self.rows}
+        for row in newer.rows:
+            old = rows.get(row.problem)
+            if old is None or prefer == "newer" or (prefer == "faster" and row.us < old.us):
+                rows[row.problem] = row
         named = {spec.key for row in rows.values() for spec in row.specs(self.gpu)}
-        kept = {key: kernel for key, kernel in self.kernels.items() if key in named}
+        both = {**self.kernels, **newer.kernels} if prefer == "newer" else {**newer.kernels, **self.kernels}
+        kernels = {key: kernel for key, kernel in both.items() if key in named}
+        if prefer == "newer":  # a tune ships what it was told to, defaults of other shapes included
+            kernels |= newer.kernels
         runs = tuple(run for run in self.runs if run not in newer.runs) + newer.runs
-        return replace(
-            newer, rows=_sorted(rows.values()), kernels={**kept, **newer.kernels}, runs=runs, folder=self.folder
-        )
+        return replace(newer, rows=_sorted(rows.values()), kernels=kernels, runs=runs, folder=self.folder)
+
+    def intact(self) -> DispatchTable:
+        """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing."""
+        folder = self.folder
+        kernels = {k: v for k, v in self.kernels.items() if folder and _fault(folder / v.file, v) is None}
+        rows = tuple(row for row in self.rows if row.specs(self.gpu)[0].key in kernels)
+        return replace(self, rows=rows, kernels=kernels)
 
     def cubin(self, key: str) -> Path | None:
         """The intact cubin of a spec; None when there is none, with one warning when it is missing or altered."""
@@ -80,85 +102,86 @@ class DispatchTable:
         if kernel is None or self.folder is None:
             return None
         path = self.folder / kernel.file
-        try:
-            if hashlib.sha256(path.read_bytes()).hexdigest() == kernel.sha256:
-                return path
-            fault = "is not the file that its table names (sha256 differs)"
-        except OSError as error:
-            fault = f"cannot be read ({error.strerror})"
+        fault = _fault(path, kernel)
+        if fault is None:
+            return path
+        # Another process may have written since: its build of the same kernel serves as well, and where it dropped the
+        # kernel nothing is broken. Under the lock, not between its cubins and its table.
+        with suppress(OSError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
+            now = _kernels_now(self.folder)
+            if now is not None and now.get(key) != kernel:
+                return path if key in now and _fault(path, now[key]) is None else None
+            fault = _fault(path, kernel)
+        if fault is None:
+            return path
         _warn(f"{path} {fault}; using the next candidate instead. Restore the file, or tune again")
         return None
 
     @classmethod
-    def load(cls, folder: Path) -> DispatchTable | None:
+    def load(cls, folder: Path, *, schemas: Sequence[int] = ()) -> DispatchTable | None:
         """The table in ``folder``; None when there is none, or with one warning when it cannot be used at all.
 
-        Rows and kernels that are not understood are left out, all in one warning.
+        Rows and kernels that are not understood are left out, all in one warning. ``schemas``: earlier ones to read
+        too, which have no hash of their own.
         """
         path = folder / FILE_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            found = read_file(path, schemas)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            _warn(f"{path} cannot be read ({error}); going on without it. Restore the file, or tune again")
+            _warn(f"{path} is not used: {error}")
             return None
-        table, faults = parse(data, folder)
-        if table is None:
-            _warn(f"{path} is not used: {faults[0]}")
-        elif faults:
+        if found.faults:
             _warn(
-                f"{path}: {len(faults)} entries are not used, the first: {faults[0]}. Restore the file, or tune again"
+                f"{path}: {len(found.faults)} entries are not used, the first: {found.faults[0]}."
+                " Restore the file, or tune again"
             )
-        return table
+        return _of(found, folder)
 
     def text(self) -> str:
         """The file's text: equal tables give equal bytes."""
-        head = {
-            "schema": SCHEMA,
-            "layout_version": LAYOUT_VERSION,
-            "protocol": self.protocol,
-            "gpu": self.gpu.to_json(),
-        }
-        lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        runs = [f"  {json.dumps(run, sort_keys=True)}" for run in self.runs]
-        kernels = [f"  {json.dumps(key)}: {json.dumps(vars(kernel))}" for key, kernel in sorted(self.kernels.items())]
-        rows = [f"  {json.dumps(row.to_json())}" for row in self.rows]
-        for name, marks, entries in (("runs", "[]", runs), ("kernels", "{}", kernels), ("rows", "[]", rows)):
-            comma = "" if name == "rows" else ","
-            lines += [f' "{name}": {marks[0]}', ",\n".join(entries), f" {marks[1]}{comma}"]
-        return "\n".join(["{", *lines, "}", ""])
+        return file_text(Parsed(self.gpu, self.protocol, self.runs, self.kernels, self.rows))
 
-    def write(self, folder: Path, artifacts: Iterable[Artifact] = ()) -> DispatchTable:
+    def write(
+        self, folder: Path, artifacts: Iterable[Artifact] = (), sources: Sequence[Path] = ()
+    ) -> DispatchTable:
         """Write table and cubins, and delete cubins that the table does not name. Returns the table as it lies there.
 
-        A kernel without an artifact must already lie in ``folder``. Readers see the old table or the new one.
+        A kernel without an artifact must lie in ``folder``, or in one of the tables' folders ``sources``; a ValueError
+        names one that does not. Readers see the old table or the new one.
         """
         cubins = {artifact.spec.key: artifact.cubin for artifact in artifacts}
         (folder / "kernels").mkdir(parents=True, exist_ok=True)
         for key, kernel in self.kernels.items():
-            source = cubins.get(key, folder / kernel.file)
-            content = source.read_bytes()
-            if hashlib.sha256(content).hexdigest() != kernel.sha256:
-                raise ValueError(f"{source} is not the kernel that the table names; compile {key} again")
-            if source != folder / kernel.file:
-                _write(folder / kernel.file, content)
-        _write(folder / FILE_NAME, self.text().encode())
+            there = folder / kernel.file
+            made = [cubins[key]] if key in cubins else []
+            places = [*made, there, *(source / kernel.file for source in sources)]
+            good = next((place for place in places if _fault(place, kernel) is None), None)
+            if good is None:
+                raise ValueError(f"{places[0]} is not the kernel that the table names; compile {key} again")
+            if good != there:
+                whole_files.write(there, whole_files.read(good, MAX_CUBIN_BYTES))
+        whole_files.write(folder / FILE_NAME, self.text().encode())
         for stray in (folder / "kernels").glob("*.cubin"):
             if stray.stem not in self.kernels:
                 stray.unlink(missing_ok=True)
         return replace(self, folder=folder, _checked={})
 
 
-def publish(folder: Path, table: DispatchTable, artifacts: Iterable[Artifact]) -> DispatchTable:
+def publish(
+    folder: Path, table: DispatchTable, artifacts: Iterable[Artifact] = (), *, prefer: str = "newer"
+) -> DispatchTable:
     """Merge ``table`` into the one in ``folder`` and write it, under a lock. Rows of other problems stay.
 
-    Raises ValueError when the folder holds the table of another kind of GPU. A table that cannot be used (damaged, or
-    of another schema) is kept beside the new one as table.json.unused.
+    Its kernels come from ``artifacts``, else from its own folder. Where both have a row of one problem, ``prefer`` says
+    whose stays (``DispatchTable.merged``). Raises ValueError when the folder holds the table of another kind of GPU,
+    TimeoutError when another process keeps the lock. A table that cannot be used (damaged, or of another schema) is
+    kept beside the new one as table.json.unused.
     """
+    artifacts = list(artifacts)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with whole_files.locked(folder):
         old = DispatchTable.load(folder)
         if old and not old.gpu.same_class(table.gpu):
             raise ValueError(
@@ -166,41 +189,52 @@ def publish(folder: Path, table: DispatchTable, artifacts: Iterable[Artifact]) -
             )
         if old is None and (folder / FILE_NAME).exists():
             os.replace(folder / FILE_NAME, folder / f"{FILE_NAME}.unused")
+        _sweep(folder)
+        sources = [table.folder] if table.folder else []
         if old:
-            fresh = {artifact.spec.key for artifact in artifacts}
-            intact = {key: kernel for key, kernel in old.kernels.items() if key in fresh or old.cubin(key)}
-            table = replace(old, kernels=intact).merged(table)
-        return table.write(folder, artifacts)
+            intact = {k: v for k, v in old.kernels.items() if _fault(folder / v.file, v) is None}
+            table = replace(old, kernels=intact).merged(table, prefer)
+        return table.write(folder, artifacts, sources)
 
 
 def parse(data: Any, folder: Path | None = None) -> tuple[DispatchTable | None, list[str]]:
-    """The schema: the table in ``data`` and every fault found; no table when the head is at fault."""
+    """The table in ``data`` and every fault found; no table when the head is at fault."""
     try:
-        for name, expected in (("schema", SCHEMA), ("layout_version", LAYOUT_VERSION)):
-            if (found := take(data, name, int)) != expected:
-                raise FieldError(
-                    f"{name}={found} is not {expected}; it was written by another version of marlin_gen, tune again"
-                )
-        gpu = Gpu.from_json(take(data, "gpu", dict))
-        gpu.arch  # noqa: B018  raises for a GPU that no kernel can run on
-        protocol, runs = take(data, "protocol", str), take(data, "runs", list)
-        kernel_data, row_data = take(data, "kernels", dict), take(data, "rows", list)
-    except (FieldError, TypeError, ValueError, KeyError) as error:
+        found = Parsed.of(data)
+    except ValueError as error:
         return None, [str(error)]
-    faults: list[str] = []
-    kernels: dict[str, KernelFile] = {}
-    for key, entry in kernel_data.items():
-        try:
-            kernels[key] = KernelFile.from_json(key, entry)
-        except ValueError as error:
-            faults.append(f"kernel {key}: {error}")
-    rows = []
-    for number, entry in enumerate(row_data):
-        try:
-            rows.append(TableRow.from_json(entry))
-        except ValueError as error:
-            faults.append(f"row {number}: {error}")
-    return DispatchTable(gpu, _sorted(rows), kernels, tuple(runs), protocol, folder), faults
+    return _of(found, folder), list(found.faults)
+
+
+def _of(found: Parsed, folder: Path | None) -> DispatchTable:
+    return DispatchTable(found.gpu, _sorted(found.rows), found.kernels, tuple(found.runs), found.protocol, folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a writer that was killed left half written. Under the lock: there is no other writer now."""
+    for left_over in (*folder.glob(f".{FILE_NAME}.*"), *(folder / "kernels").glob(".*.cubin.*")):
+        left_over.unlink(missing_ok=True)
+
+
+def _fault(path: Path, kernel: KernelFile) -> str | None:
+    """What is wrong with the cubin at ``path``, as the end of a sentence; None when it is the table's."""
+    try:
+        content = whole_files.read(path, MAX_CUBIN_BYTES)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except ValueError:
+        return "is not a cubin"
+    if hashlib.sha256(content).hexdigest() != kernel.sha256:
+        return "is not the file that its table names (sha256 differs)"
+    return None
+
+
+def _kernels_now(folder: Path) -> Mapping[str, KernelFile] | None:
+    """The kernels of the table that lies there now; None when that cannot be read."""
+    try:
+        return read_file(folder / FILE_NAME).kernels
+    except (OSError, ValueError):
+        return None
 
 
 def _sorted(rows: Iterable[TableRow]) -> tuple[TableRow, ...]:
@@ -209,19 +243,3 @@ def _sorted(rows: Iterable[TableRow]) -> tuple[TableRow, ...]:
 
 def _warn(message: str) -> None:
     warnings.warn(message, TableWarning, stacklevel=3)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or none: a full disk leaves what was there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +15,10 @@ from marlin_gen.measurement import Artifact, Baseline, Measurement
 from marlin_gen.problem import Problem
 
 T = TypeVar("T")
+_WHOLE = 1 << 53  # above it a float is not every whole number
+_MAX_SIZE = (1 << 31) - 1  # kernels take sizes as int32
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class FieldError(ValueError):
@@ -25,10 +30,18 @@ def take(data: Any, name: str, kind: type[T]) -> T:
     if not isinstance(data, dict):
         raise FieldError(f"{data!r:.60} is not an object")
     value = data.get(name)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _WHOLE:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise FieldError(f"{name}={value!r:.60} is not a {kind.__name__}" if name in data else f"{name} is missing")
+    return value
+
+
+def size(data: Any, name: str) -> int:
+    """``data[name]``, a whole number that an int32 holds, not negative; a FieldError that names it otherwise."""
+    value = take(data, name, int)
+    if not 0 <= value <= _MAX_SIZE:
+        raise FieldError(f"{name}={value!r:.60} is not one of 0 to {_MAX_SIZE}")
     return value
 
 
@@ -52,11 +65,15 @@ class KernelFile:
     @classmethod
     def from_json(cls, key: str, data: Any) -> KernelFile:
         """The kernel of spec ``key``; a ValueError names the first fault."""
-        KernelSpec.from_key(key)
+        if KernelSpec.from_key(key).key != key:  # as with m08 for m8
+            raise FieldError(f"{key!r} is not written as {KernelSpec.from_key(key).key!r}")
         if take(data, "file", str) != _file_of(key):
             raise FieldError(f"file={data['file']!r} is not {_file_of(key)!r}")
         names = (take(data, "file", str), take(data, "sha256", str), take(data, "symbol", str))
-        return cls(*names, take(data, "registers", int), take(data, "smem_bytes", int))
+        for name, form in (("sha256", _SHA256), ("symbol", _SYMBOL)):
+            if not form.fullmatch(data[name]):
+                raise FieldError(f"{name}={data[name]!r:.80} is not one")
+        return cls(*names, size(data, "registers"), size(data, "smem_bytes"))
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class TableRow:
     @classmethod
     def from_json(cls, data: Any) -> TableRow:
         """The inverse of ``to_json``; a ValueError names the first fault."""
-        n, k, m = (take(data, name, int) for name in ("n", "k", "m"))
+        n, k, m = (size(data, name) for name in ("n", "k", "m"))
         us, low, high, error = (take(data, name, float) for name in ("us", "us_low", "us_high", "relative_error"))
         default_us, cublas_us, read_floor_us = (
             None if data.get(name) is None else take(data, name, float)
@@ -146,11 +163,14 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
 
 def _plan_from_json(data: dict[str, Any]) -> Plan:
     take(data, "family", str)
+    for name in data:
+        if name not in ("family", "partition", "dequant"):
+            size(data, name)
     try:
         config = KernelConfig(**{name: value for name, value in data.items() if name != "raster"})
     except TypeError as error:
         raise FieldError(f"plan: {error}") from None
-    raster = take(data, "raster", int)
+    raster = size(data, "raster")
     if raster < 1:
         raise FieldError(f"raster={raster} is not a positive whole number")
     return Plan(config, raster)

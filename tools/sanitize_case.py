@@ -1,7 +1,7 @@
 """Launches every shipped kernel on a small problem, through the driver alone, for compute-sanitizer.
 
 torch works on the host only: on the GPU it would allocate from one pool, in which an overrun hits the neighbour unseen;
-here each operand is an allocation of its exact size. Run by tools/sanitize.py; alone, it checks the numbers of every kernel.
+here each operand is an allocation of its exact size. Run by tools/sanitize.py; alone, it checks every kernel's numbers.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ def main() -> int:
             continue
         wrong = not error < dtype_row(KernelSpec.from_key(key).act_dtype).error_limit  # also for NaN
         failed += wrong
-        print(f"failed {key}: relative error {error:.2e}" if wrong else f"done {key} error={error:.2e} seconds={time.monotonic() - began:.1f}", flush=True)
+        took = f"seconds={time.monotonic() - began:.1f}"
+        found = f"failed {key}: wrong," if wrong else f"done {key}"
+        print(f"{found} error={error:.2e} {took}", flush=True)
     print(f"{len(options.specs or kernels)} kernels, {failed} failed", flush=True)
     return 1 if failed or not kernels else 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250}  # lines a file
-TOTAL = 14200  # lines of everything but tests; 11000 until importers of checkpoints came, 12500 until transformers
+TOTAL = 16500  # lines of everything but tests: 11000 until importers of checkpoints, 12500 until transformers came
 
 
 def tracked() -> list[Path]:

@@ -94,7 +94,8 @@ struct WgmmaM64K16<{str(kind == 'bf16').lower()}, {tokens}> {{
 
 
 def text() -> str:
-    return PREAMBLE + "".join(instruction(kind, tokens) for kind in ("f16", "bf16") for tokens in TOKEN_TILES) + POSTAMBLE
+    listed = [instruction(kind, tokens) for kind in ("f16", "bf16") for tokens in TOKEN_TILES]
+    return PREAMBLE + "".join(listed) + POSTAMBLE
 
 
 if __name__ == "__main__":

@@ -4,46 +4,98 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT, DTYPES, FORMATS, dtype, weight_format
 from marlin_gen.models import LayerShape, model_shapes, parse_shape
 from marlin_gen.problem import Problem
 
 DEFAULT_TOKENS = "1,2,4,...,4096"
 MAX_TOKENS = 1 << 17
+FORMAT_HELP = f"Weight formats, of {', '.join(FORMATS)}."
+DTYPE_HELP = f"Activation types, of {', '.join(DTYPES)}."
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
+class Kind(NamedTuple):
+    """The number formats of a problem: what a kernel is compiled for besides its config."""
+
+    weight_format: str = DEFAULT_FORMAT
+    act_dtype: str = DEFAULT_DTYPE
+
+    @classmethod
+    def of(cls, problem: Problem) -> Kind:
+        return cls(problem.weight_format, problem.act_dtype)
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+
 @dataclass(frozen=True)
 class Work:
-    """What a command is asked to do: layer shapes x token counts."""
+    """What a command is asked to do: layer shapes x token counts, in every number format."""
 
     layers: tuple[LayerShape, ...]
     tokens: tuple[int, ...]
+    formats: tuple[str, ...] = (DEFAULT_FORMAT,)
+    dtypes: tuple[str, ...] = (DEFAULT_DTYPE,)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The number formats asked for. Kernels of one kind are no use to another."""
+        return [Kind(fmt, act_dtype) for fmt in self.formats for act_dtype in self.dtypes]
+
+    def of(self, kind: Kind) -> list[Problem]:
+        """Shape by shape, tokens ascending."""
+        return [Problem(layer.n, layer.k, m, *kind) for layer in self.layers for m in self.tokens]
 
     @property
     def problems(self) -> list[Problem]:
-        """Shape by shape, tokens ascending."""
-        return [Problem(layer.n, layer.k, m) for layer in self.layers for m in self.tokens]
+        """Kind by kind."""
+        return [problem for kind in self.kinds for problem in self.of(kind)]
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{layer.n}x{layer.k} {layer.name}".rstrip() for layer in self.layers)
-        return f"{shapes}; m = {', '.join(map(str, self.tokens))}"
+        kinds = "" if self.kinds == [Kind()] else f"; {', '.join(map(str, self.kinds))}"
+        return f"{shapes}; m = {', '.join(map(str, self.tokens))}{kinds}"
 
 
-def work(model: str | None, shapes: str | None, tp: str, tokens: str) -> Work:
-    """The layers of ``model`` and the listed ``shapes``, each n x k once, at every token count."""
+def work(
+    model: str | None,
+    shapes: str | None,
+    tp: str,
+    tokens: str,
+    format_words: str = DEFAULT_FORMAT,
+    dtype_words: str = DEFAULT_DTYPE,
+) -> Work:
+    """The layers of ``model`` and the listed ``shapes``, each n x k once, at every token count and in every format."""
+    formats, dtypes = names("--format", format_words), names("--dtype", dtype_words)
+    # The largest groups are the hardest to divide k by: what fits them fits all.
+    strictest = max(formats, key=lambda name: weight_format(name).group_size)
     if not model and not shapes:
         raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")
-    layers = list(model_shapes(model, ranks(tp))) if model else []
+    layers = list(model_shapes(model, ranks(tp), strictest)) if model else []
     known = {(layer.n, layer.k) for layer in layers}
     for word in (shapes or "").split(","):
-        if word.strip() and (size := parse_shape(word)) not in known:
+        if word.strip() and (size := parse_shape(word, strictest)) not in known:
             known.add(size)
             layers.append(LayerShape("", *size))
-    return Work(tuple(layers), token_counts(tokens))
+    return Work(tuple(layers), token_counts(tokens), formats, dtypes)
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """``u4b8g128,u4zg64`` of ``--format``, or ``f16`` of ``--dtype``, to names of the registry's rows, each once."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        found = dict.fromkeys((weight_format if option == "--format" else dtype)(word).name for word in words)
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+    if not found:
+        rows = FORMATS if option == "--format" else DTYPES
+        raise ValueError(f"{option} {text!r} names nothing; known: {', '.join(rows)}")
+    return tuple(found)
 
 
 def ranks(text: str) -> tuple[int, ...]:
@@ -88,6 +140,14 @@ def seconds(text: str) -> float:
     if not found or float(found[1]) <= 0:
         raise ValueError(f"--budget {text!r} is not a positive time; examples: 9m, 90s, 1h")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def percent(option: str, text: str) -> float:
+    """``3%`` or ``3`` to 0.03."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", text)
+    if not found or float(found[1]) > 100:
+        raise ValueError(f"{option} {text!r} is not a percentage of 0 to 100; examples: 3%, 0.5%")
+    return float(found[1]) / 100
 
 
 def spec(text: str, arch: str) -> KernelSpec:

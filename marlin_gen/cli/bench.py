@@ -12,11 +12,13 @@ import typer
 from marlin_gen import bench as benching
 from marlin_gen.bench import BenchRow
 from marlin_gen.cli import arguments, gpus, sustained
+from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import err, note, out, print_json, table, times, us
 from marlin_gen.cli.progress import cells_progress
 from marlin_gen.config import KernelSpec
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.dispatch import Choice, Dispatcher, find_tables, forced_plan
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Artifact, Measurement
 from marlin_gen.sustained import FILE_NAME
 
@@ -26,19 +28,24 @@ def bench(
     shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096.")] = None,
     tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model.")] = "1",
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
+    formats: Annotated[str, typer.Option("--format", help=arguments.FORMAT_HELP)] = DEFAULT_FORMAT,
+    dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
     device: Annotated[str, typer.Option(help="cuda:0, cuda:1, ...")] = "cuda:0",
-    csv: Annotated[Path | None, typer.Option(help="Where to write; default: bench.csv beside the table.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Where to write; default: bench.csv, bench-<format>-<dtype>.csv by the table.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option("--sustained", help="Run one cell so many seconds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Time the table's choices beside cuBLAS and the read floor, and write a CSV."""
-    work = arguments.work(model, shapes, tp, tokens)
+    work = arguments.work(model, shapes, tp, tokens, formats, dtypes)
     if seconds is not None:
         sustained.check_one(work.problems)
     gpu = gpus.require_gpu(device, "bench times kernels")
     dispatcher = Dispatcher(gpu, find_tables(), forced_plan())
     choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
-    path = csv or _beside_the_table(dispatcher)
+    folder = next((found.folder for found in dispatcher.tables if found.folder), Path())
+    paths = {kind: csv or folder / benching.file_name(*kind) for kind in work.kinds}
 
     rows: list[BenchRow] = []
     failures = 0
@@ -46,7 +53,7 @@ def bench(
         artifacts = artifacts_of(list(choices.values()), dispatcher, Path(scratch))
         entries = [(problem, artifacts[choice.spec], choice.plan) for problem, choice in choices.items()]
         if seconds is not None:
-            return sustained.run(measurer, *entries[0], seconds, csv or path.with_name(FILE_NAME), json)
+            return sustained.run(measurer, *entries[0], seconds, csv or folder / FILE_NAME, json)
         try:
             with cells_progress(len(entries), "bench") as advance:
                 for found in benching.measure(measurer, entries):
@@ -59,17 +66,23 @@ def bench(
                         advance("")
         except BaseException:
             if rows:  # a whole earlier bench is not overwritten by a part of this one
-                partial = path.with_suffix(".partial.csv")
+                partial = next(iter(paths.values())).with_suffix(".partial.csv")
                 benching.write_csv(partial, rows)
                 note(f"stopped; the {len(rows)} of {len(entries)} cells measured are in {partial}")
             raise
     if not rows:
         raise ValueError(f"none of the {failures} cells could be measured; marlin-gen doctor says what is wrong")
-    benching.write_csv(path, rows)
+    written: dict[Path, list[BenchRow]] = {}
+    for row in rows:
+        written.setdefault(paths[_kind(row)], []).append(row)
+    for path, of_path in written.items():
+        benching.write_csv(path, of_path)
+    names = ", ".join(map(str, written))
     if json:
-        print_json({"csv": str(path), "failures": failures, "rows": [vars(row) for row in rows]})
+        print_json({"csv": names, "failures": failures, "rows": [vars(row) for row in rows]})
     else:
-        _print(rows, attainable_tflops(gpu), gpu.name, path)
+        _print(rows, attainable_tflops(gpu), gpu.name)
+        note(f"written to {names}")
     if failures:
         raise typer.Exit(1)
 
@@ -77,11 +90,6 @@ def bench(
 def _sentence(failed: Measurement) -> str:
     p = failed.problem
     return f"{p.n}x{p.k} m={p.m} {failed.plan.key}: {failed.status} {failed.detail}".rstrip()
-
-
-def _beside_the_table(dispatcher: Dispatcher) -> Path:
-    folders = [found.folder for found in dispatcher.tables if found.folder]
-    return (folders[0] if folders else Path()) / "bench.csv"
 
 
 def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Path) -> dict[KernelSpec, Artifact]:
@@ -112,9 +120,19 @@ def _shipped(choice: Choice, dispatcher: Dispatcher, scratch: Path) -> Artifact:
     return Artifact(choice.spec, choice.kernel.symbol, folder, registers, spill_bytes=0, static_smem_bytes=0)
 
 
-def _print(rows: Sequence[BenchRow], tflops: float, name: str, path: Path) -> None:
+def _print(rows: Sequence[BenchRow], tflops: float, name: str) -> None:
+    kinds = {kind: [r for r in rows if _kind(r) == kind] for kind in dict.fromkeys(map(_kind, rows))}
+    for kind, of_kind in kinds.items():
+        _print_kind(of_kind, tflops, f"{name}, {kind}" if len(kinds) > 1 else name)
+
+
+def _kind(row: BenchRow) -> Kind:
+    return Kind.of(row.problem)
+
+
+def _print_kind(rows: Sequence[BenchRow], tflops: float, title: str) -> None:
     columns = ("n x k", ">m", ">us", ">95 %", ">chained", ">cuBLAS", ">floor", ">vs cuBLAS", ">roofline", ">error")
-    out.print(table(name, columns, (
+    out.print(table(title, columns, (
         (
             f"{r.n}x{r.k}", str(r.m), us(r.us), f"{us(r.us_low)}-{us(r.us_high)}", us(r.chained_us), us(r.cublas_us),
             us(r.read_floor_us), times(r.speedup), f"{r.roofline_fraction(tflops):.2f}", f"{r.relative_error:.1e}",
@@ -125,4 +143,3 @@ def _print(rows: Sequence[BenchRow], tflops: float, name: str, path: Path) -> No
         worst = f"worst {times(s.worst_speedup)}"
         parts = f"roofline {s.roofline:.2f}, chained {s.chained:.2f}"
         out.print(f"{s.regime:24} {times(s.speedup)} cuBLAS ({worst}), {parts}")
-    note(f"written to {path}")

@@ -7,7 +7,7 @@ import warnings
 import typer
 
 from marlin_gen import env
-from marlin_gen.cli import bench, convert, doctor, kernels, report, show, tune
+from marlin_gen.cli import bench, convert, doctor, export, kernels, report, show, tables, tune, verify
 from marlin_gen.cli.console import err
 from marlin_gen.driver import LaunchError
 from marlin_gen.toolchain import ToolchainError
@@ -23,6 +23,11 @@ COMMANDS = typer.Typer(
 COMMANDS.command()(tune.tune)
 COMMANDS.command()(bench.bench)
 COMMANDS.command()(show.show)
+COMMANDS.command()(verify.verify)
+COMMANDS.command()(export.export)
+COMMANDS.command("import")(tables.import_)
+COMMANDS.command()(tables.merge)
+COMMANDS.command()(tables.diff)
 COMMANDS.command()(report.report)
 COMMANDS.command()(kernels.render)
 COMMANDS.command("compile")(kernels.compile_)

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from marlin_gen import bench
-from marlin_gen.cli import arguments, gpus, speedups
+from marlin_gen.cli import gpus, speedups
+from marlin_gen.cli.arguments import Kind, names
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.dispatch import find_tables
+from marlin_gen.formats import FORMATS
+from marlin_gen.models import parse_shape
 from marlin_gen.table import DispatchTable
+from marlin_gen.table_row import TableRow
 
 
 def show(
     gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Only these, as 4096x4096,...")] = None,
+    formats: Annotated[str | None, typer.Option("--format", help="Only these weight formats.")] = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype", help="Only these activation types.")] = None,
     plans: Annotated[bool, typer.Option("--plans", help="Show which kernel each cell runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show a dispatch table: times, speedup over cuBLAS, fraction of the roofline."""
     found = choose_table(gpu)
-    sizes = {(layer.n, layer.k) for layer in arguments.work(None, shapes, "1", "1").layers} if shapes else None
-    rows = [row for row in found.rows if sizes is None or (row.problem.n, row.problem.k) in sizes]
+    loosest = min(FORMATS, key=lambda name: FORMATS[name].group_size)  # a table may hold what its smaller groups allow
+    sizes = {parse_shape(word, loosest) for word in shapes.split(",") if word.strip()} if shapes else None
+    wanted = (names("--format", formats) if formats else None, names("--dtype", dtypes) if dtypes else None)
+    of_kind = [
+        row for row in found.rows
+        if all(only is None or name in only for only, name in zip(wanted, Kind.of(row.problem), strict=True))
+    ]  # fmt: skip
+    rows = [row for row in of_kind if sizes is None or (row.problem.n, row.problem.k) in sizes]
     if not rows:
-        known = ", ".join(f"{n}x{k}" for n, k in sorted({(r.problem.n, r.problem.k) for r in found.rows}))
-        raise ValueError(f"the table of {found.gpu.slug} has no row for {shapes}; it has {known or 'no rows at all'}")
+        known = ", ".join(f"{n}x{k}" for n, k in sorted({(r.problem.n, r.problem.k) for r in of_kind}))
+        if not of_kind:
+            known = ", ".join(sorted({str(Kind.of(r.problem)) for r in found.rows}))
+        asked = " ".join(word for word in (shapes, formats, dtypes) if word) or "anything"
+        raise ValueError(f"the table of {found.gpu.slug} has no row for {asked}; it has {known or 'no rows at all'}")
     if json:
         summaries = bench.summarise(speedups.bench_rows(rows), attainable_tflops(found.gpu))
         print_json({
@@ -36,13 +52,20 @@ def show(
             "summary": [asdict(summary) for summary in summaries],
         })  # fmt: skip
         return
+    kinds = sorted({Kind.of(row.problem) for row in rows})
+    for kind in kinds:
+        title = f"{found.gpu.name}, {kind}" if len(kinds) > 1 else found.gpu.name
+        _print([row for row in rows if Kind.of(row.problem) == kind], found, title, plans)
+    note(f"{len(rows)} rows, {len(found.kernels)} kernels; {_when(found)}{found.folder}")
+
+
+def _print(rows: Sequence[TableRow], found: DispatchTable, title: str, plans: bool) -> None:
     if plans:
         lines = [(f"{r.problem.n}x{r.problem.k}", str(r.problem.m), r.plan.key) for r in rows]
-        out.print(table(found.gpu.name, ("n x k", ">m", "plan"), lines))
+        out.print(table(title, ("n x k", ">m", "plan"), lines))
     else:
-        out.print(speedups.speedup_table(rows, found.gpu, found.gpu.name))
+        out.print(speedups.speedup_table(rows, found.gpu, title))
     out.print(speedups.summary_table(rows, found.gpu))
-    note(f"{len(rows)} rows, {len(found.kernels)} kernels; {_when(found)}{found.folder}")
 
 
 def choose_table(gpu: str | None) -> DispatchTable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,17 +17,18 @@ from marlin_gen.cli.console import note, out, print_json
 from marlin_gen.cli.progress import tune_progress
 from marlin_gen.config import Plan
 from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Measurer
 from marlin_gen.problem import Problem
 from marlin_gen.record import pack
-from marlin_gen.replay import FILE_NAME as RECORDING
-from marlin_gen.replay import ReplayMeasurer
+from marlin_gen.replay import ReplayMeasurer, recording_name
 from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
 from marlin_gen.search import tune as search
 from marlin_gen.table import DispatchTable, publish
 from marlin_gen.table_row import TableRow
 
 GPU_TRIALS, REPLAY_TRIALS = 2000, 192  # a replay compiles for real, on machines that may have two cores
+TRIALS_HELP = f"Kernels to try per format; {GPU_TRIALS}, a replay {REPLAY_TRIALS}."
 
 
 def tune(
@@ -33,9 +36,11 @@ def tune(
     shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096; besides --model's.")] = None,
     tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model, as 1,2,4.")] = "1",
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
+    formats: Annotated[str, typer.Option("--format", help=arguments.FORMAT_HELP)] = DEFAULT_FORMAT,
+    dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
     device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
-    trials: Annotated[int | None, typer.Option(help=f"Kernels to try; {GPU_TRIALS}, a replay {REPLAY_TRIALS}.")] = None,
-    budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h.")] = "9m",
+    trials: Annotated[int | None, typer.Option(help=TRIALS_HELP)] = None,
+    budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h; all formats share it.")] = "9m",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
@@ -45,39 +50,51 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Search the fastest kernels for a model's layers and write a dispatch table."""
-    work = arguments.work(model, shapes, tp, tokens)
+    work = arguments.work(model, shapes, tp, tokens, formats, dtypes)
+    ends = time.monotonic() + arguments.seconds(budget)
+    results: list[SearchResult] = []
+    table: DispatchTable | None = None
     with gpus.measurer(device) as measurer:
         replay = isinstance(measurer, ReplayMeasurer)
-        options = TuneOptions(
-            trials=trials if trials is not None else REPLAY_TRIALS if replay else GPU_TRIALS,
-            budget_s=arguments.seconds(budget), seed=seed,
-        )  # fmt: skip
-        problems = work.problems
-        versions = study.versions_of(measurer)
-        kept = study.open_study(measurer, problems, seed, versions, folder, fresh=not resume)
         title = f"{measurer.gpu.name}{', replayed' if replay else ''}"
         note(f"{title}: {work}")
-        with tune_progress() as on_progress:
-            result = search(
-                problems, measurer, kept.log, study_path=kept.journal, options=options, versions=versions,
-                candidates=measurer.recording.configs() if isinstance(measurer, ReplayMeasurer) else None,
-                winners_elsewhere=() if replay else _known_winners(measurer, problems),
-                build=build_with_ninja(jobs), on_progress=on_progress,
+        versions = study.versions_of(measurer)
+        target = (to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+        for number, kind in enumerate(work.kinds):
+            problems = work.of(kind)
+            options = TuneOptions(
+                trials=trials if trials is not None else REPLAY_TRIALS if replay else GPU_TRIALS,
+                # What an early end leaves over is shared by the kinds that are left.
+                budget_s=max(ends - time.monotonic(), 1.0) / (len(work.kinds) - number), seed=seed,
             )  # fmt: skip
-        table = None
-        if result.cells and not result.interrupted:
-            target = (to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
-            table = _publish(result, measurer, target)
-            if record:
-                pack(kept.log, target / RECORDING)
+            if len(work.kinds) > 1:
+                note(f"{kind} ({number + 1} of {len(work.kinds)})")
+            at = folder / "-".join(kind) if folder and len(work.kinds) > 1 else folder
+            kept = study.open_study(measurer, problems, seed, versions, at, fresh=not resume)
+            with tune_progress() as on_progress:
+                result = search(
+                    problems, measurer, kept.log, study_path=kept.journal, options=options, versions=versions,
+                    candidates=measurer.recording.configs(kind) if isinstance(measurer, ReplayMeasurer) else None,
+                    winners_elsewhere=() if replay else _known_winners(measurer, problems),
+                    build=build_with_ninja(jobs), on_progress=on_progress,
+                )  # fmt: skip
+            results.append(result)
+            if result.interrupted:
+                break
+            if result.cells:  # at once, so that a later kind cannot lose it
+                table = _publish(result, measurer, target)
+                if record:
+                    pack(kept.log, target / recording_name(*kind))
+            if not json:
+                _print(result, table, f"{title}, {kind}" if len(work.kinds) > 1 else title)
     if json:
-        _print_json(result, table)
-    else:
-        _print(result, table, title)
-    if result.interrupted:
-        note(f"interrupted; the {result.candidates} candidates measured are kept, the same command goes on from there")
+        _print_json(results, table)
+    if results[-1].interrupted:
+        done = f"the tables of {', '.join(map(str, work.kinds[: len(results) - 1]))} are written, " if table else ""
+        note(f"interrupted; {done}the {results[-1].candidates} candidates measured are kept, the same command goes on"
+             " from there")  # fmt: skip
         raise typer.Exit(130)
-    if result.unsolved:
+    if any(result.unsolved for result in results):
         raise typer.Exit(1)
 
 
@@ -115,15 +132,18 @@ def _print(result: SearchResult, table: DispatchTable | None, title: str) -> Non
         note(f"table: {table.folder}")
 
 
-def _print_json(result: SearchResult, table: DispatchTable | None) -> None:
+def _print_json(results: Sequence[SearchResult], table: DispatchTable | None) -> None:
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.failures)
     print_json({
-        "gpu": result.gpu.to_json(),
+        "gpu": results[0].gpu.to_json(),
         "table": str(table.folder) if table else None,
-        "rows": [speedups.as_json(row, result.gpu) for row in rows_of(result)],
-        "unsolved": [vars(problem) for problem in result.unsolved],
-        "candidates": result.candidates,
-        "timings": result.pairs,
-        "failures": dict(result.failures),
-        "seconds": round(result.seconds, 1),
-        "stopped": result.stopped,
+        "rows": [speedups.as_json(row, result.gpu) for result in results for row in rows_of(result)],
+        "unsolved": [vars(problem) for result in results for problem in result.unsolved],
+        "candidates": sum(result.candidates for result in results),
+        "timings": sum(result.pairs for result in results),
+        "failures": dict(failures),
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "stopped": ", ".join(dict.fromkeys(result.stopped for result in results)),
     })  # fmt: skip

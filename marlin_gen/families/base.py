@@ -11,6 +11,10 @@ from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.formats import WeightFormat
 from marlin_gen.problem import Problem
 
+# What a launch passes to a kernel, and how: OPERANDS, scalars, tensor maps, workspace. A prebuilt kernel takes its
+# arguments as they were when it was compiled, so tables of another version are not used. A new order is a new number.
+LAUNCH_VERSION = 2  # 2: a tensor map for the last token tile, and a bias
+
 
 @dataclass(frozen=True)
 class LaunchShape:
@@ -98,7 +102,7 @@ class KernelFamily(Protocol):
 def fitted(
     family: KernelFamily, configs: Iterable[KernelConfig], fmt: WeightFormat, arch: Arch
 ) -> tuple[KernelConfig, ...]:
-    """The configs with as many stages as are legal for a format, up to their own; those that never are, are left out."""
+    """The configs with as many stages as a format allows, up to their own; those that it never allows are left out."""
     found = []
     for config in configs:
         fewer = (replace(config, num_stages=stages) for stages in range(config.num_stages, 1, -1))

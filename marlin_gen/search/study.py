@@ -21,8 +21,9 @@ from optuna.trial import TrialState, create_trial
 
 from marlin_gen.config import KernelConfig
 from marlin_gen.problem import Problem
-from marlin_gen.record import cut_torn_tail, naming
+from marlin_gen.record import cut_torn_tail
 from marlin_gen.space import FIELDS, NUMBERS, Candidates
+from marlin_gen.whole_files import naming
 
 STUDY_NAME = "marlin_gen"
 STARTUP_TRIALS = 8  # before that a sampler draws at random

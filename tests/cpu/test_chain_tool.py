@@ -56,11 +56,11 @@ def as_served(weights, partials_bytes=0):
     """A launcher that computes with the packed weight and remembers its launches, and the kernels it is asked for."""
     launches = []
 
-    def run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, *, dependent):
+    def run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias=None, *, dependent):
         assert a.is_contiguous() and a.shape == (problem.m, problem.k) and out.shape == (problem.m, problem.n)
         launches.append((problem, weight, partials, locks, dependent))
         packed = next(w for block in weights for w in block.values() if w.weight is weight and w.scales is scales)
-        dequantized_matmul(a, packed, out)
+        dequantized_matmul(a, packed, bias, out)
 
     kernel = SimpleNamespace(shape=lambda *_: (SimpleNamespace(partials_bytes=partials_bytes, num_locks=5), None))
     launcher = SimpleNamespace(run_with=run_with, gpu=SimpleNamespace(num_sms=132))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import marlin_gen
 from marlin_gen import doctor
 from marlin_gen.arch import Gpu
 from marlin_gen.doctor import Finding, broken, examine
@@ -52,6 +53,7 @@ def test_a_table_is_reported_with_its_damaged_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("MARLIN_GEN_TABLE", str(tmp_path))
     found = [f.found for f in examine()[1] if f.name == "table"]
     assert any(said.startswith(f"{H100.slug}: 0 rows, 0 kernels") for said in found)
+    assert by_name(examine()[1])["table hash"].found.startswith(marlin_gen.table_hash("cpu")[:12])
     (tmp_path / H100.slug / "table.json").write_text("{")
     assert any("table.json" in f.found and not f.ok for f in examine()[1] if f.name == "table")
 

@@ -13,9 +13,9 @@ from marlin_gen import layout, op
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT, DTYPES, FORMATS, LAYOUT_VERSION, dtype, weight_format
 from marlin_gen.problem import SIZE_UNIT, Problem, check_shape
 
-
 TYPES = Path(__file__).resolve().parents[2] / "templates/include/marlin_gen/types.cuh"
-OFFSETS = [name.lower() for name in re.findall(r"^  k(\w+)", TYPES.read_text().split("enum class Offset")[1].split("};")[0], re.M)]
+ENUM = TYPES.read_text().split("enum class Offset")[1].split("};")[0]
+OFFSETS = [name.lower() for name in re.findall(r"^  k(\w+)", ENUM, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("name", FORMATS)

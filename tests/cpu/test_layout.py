@@ -148,11 +148,10 @@ def test_unpack_refuses_another_layout_version():
 def test_dequantize_rounds_as_the_table_of_formats_says(fmt, dtype):
     codes, scales = random_weight(64, fmt.group_size * 2, fmt, dtype=dtype)
     own = scales.double().view(64, 2, -1).repeat_interleave(fmt.group_size, 1)
-    scale, offset = own[..., 0], own[..., 1] if fmt.has_offsets else fmt.zero_point
-    if fmt.offset == "minima":
-        exact = codes * scale + offset
-    else:
-        exact = (codes - offset).to(dtype).double() * scale  # exact unless the zero point is not whole
+    scale, offset = own[..., 0], own[..., 1] if fmt.has_offsets else torch.tensor(fmt.zero_point)
+    # The difference is exact unless the zero point is not whole.
+    from_zero = (codes.double() - offset).to(dtype).double()
+    exact = codes * scale + offset if fmt.offset == "minima" else from_zero * scale
     assert torch.equal(dequantize(codes, scales, fmt.name), exact.to(dtype))
     unrounded = gemm_reference(torch.eye(2 * fmt.group_size), codes, scales, fmt.name).T
     assert (unrounded - exact).norm() / exact.norm() < 2.0 ** (-8 if dtype == torch.bfloat16 else -11)

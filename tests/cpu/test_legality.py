@@ -164,4 +164,4 @@ def test_groups_that_no_kernel_decodes_are_refused(family, group_size):
         config = replace(config, dequant="exact")
         assert row.reject_reason(config, FORMATS["u4b8g32"], arch) is None
         reason = row.reject_reason(config, fmt, arch)
-        assert reason == "weight format odd is not of 4 bits in groups of 32 or of a multiple of 64"
+        assert reason == "weight format odd is not in groups of 32 or of a multiple of 64"

@@ -134,7 +134,7 @@ def test_export():
 
 BAD = {
     "activation dtype": (lambda o: o.update(a=o["a"].float()), TypeError, r"a is torch.float32; .* a.half\(\)"),
-    "bfloat16": (lambda o: o.update(a=o["a"].bfloat16()), TypeError, r"a is torch.bfloat16 .* torch.float16; convert a"),
+    "bfloat16": (lambda o: o.update(a=o["a"].bfloat16()), TypeError, r"a is torch.bfloat16 .* torch.float16; convert"),
     "bias": (lambda o: o.update(bias=SCALES[:, 0][:64]), ValueError, r"bias is torch.float16 \[64\] .* \[128\]"),
     "bias dtype": (lambda o: o.update(bias=torch.zeros(128)), ValueError, r"bias is torch.float32 .* torch.float16"),
     "k mismatch": (lambda o: o.update(a=o["a"][:, :128]), ValueError, r"a has shape \[2, 128\]; .* k=256"),

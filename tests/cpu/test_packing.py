@@ -43,22 +43,27 @@ def test_a_layer_answers_like_the_dense_weight():
     x = torch.randn(3, 576, generator=torch.Generator().manual_seed(1)).half()
     expected = x.double() @ given.dequantize().T + torch.arange(N) / 8
     assert (layer(x).double() - expected).norm() / expected.norm() < 1e-3
-    assert layer.extra_repr() == "in_features=576, out_features=128, bias=True, weight_format=u4b8g64"
+    assert layer.extra_repr() == "in_features=576, out_features=128, bias=True, weight_format=u4b8g64, dtype=float16"
 
 
-def test_scales_of_another_type_that_f16_holds():
+def test_the_type_is_that_of_the_scales_or_the_one_asked_for():
     given = weight(256, 128, torch.bfloat16)
+    assert to_packed(given).dtype == torch.bfloat16
     assert torch.equal(unpack(to_packed(given))[1].float(), given.scales.float())
+    half = to_packed(given, dtype=torch.float16)  # bf16 scales of this size fit f16
+    assert half.dtype == torch.float16 and torch.equal(unpack(half)[1].float(), given.scales.float())
+    rounded = to_packed(weight(256, 128), dtype=torch.bfloat16)
+    assert torch.equal(unpack(rounded)[1], weight(256, 128).scales.bfloat16())
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"bits": 8}, "q_proj has 8-bit codes"),
-        ({"zeros": torch.full((N, 2), 7.5)}, "q_proj has zero points in torch.float32"),
-        ({"minima": torch.zeros(N, 2)}, "q_proj has minima"),
+        ({"bits": 8, "minima": torch.zeros(N, 2)}, "q_proj has 8-bit codes with minima; the kernels read .*4 bits"),
+        ({"bits": 3}, "q_proj has 3-bit codes with constant"),
+        ({"zeros": torch.full((N, 2), 7.51)}, "q_proj has zeros in torch.float32 that torch.float16 does not hold"),
         ({"order": torch.arange(256).flip(0)}, r"q_proj is in act-order \(desc_act\)"),
-        ({"scales": torch.full((N, 2), 0.1)}, r"torch.float32 scales that f16 does not hold, off by up to 2\.4e-05"),
+        ({"scales": torch.full((N, 2), 0.1)}, r"scales in torch.float32 .* hold, off by up to 2\.4e-05; give dtype"),
         ({"scales": torch.full((N, 2), 1e6)}, "off by up to inf"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

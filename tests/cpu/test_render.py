@@ -137,7 +137,7 @@ def test_an_unknown_family_is_named() -> None:
 def test_symbol() -> None:
     config = KernelConfig.from_key("wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact")
     symbol = symbol_of(KernelSpec(config, "u4b8g128", "f16", "sm_90a"))
-    assert symbol == "wgmma_m64n64k256_w4x1_s5_b1_c1_tiles_exact_u4b8g128"
+    assert symbol == "wgmma_m64n64k256_w4x1_s5_b1_c1_tiles_exact_u4b8g128_f16"
 
 
 @pytest.fixture

@@ -129,6 +129,8 @@ def test_the_last_resort_computes_the_reference():
     scales = (torch.rand(64, 1) * 0.02 + 0.005).half()
     packed = pack(codes, scales)
     a, out = torch.randn(3, 128).half(), torch.full((3, 64), float("nan")).half()
-    serve.dequantized_matmul(a, packed, out)
+    serve.dequantized_matmul(a, packed, None, out)
     reference = gemm_reference(a, codes, scales)
     assert (out.float() - reference).norm() / reference.norm() < 1e-3
+    serve.dequantized_matmul(a, packed, torch.ones(64).half(), out)
+    assert (out.float() - reference - 1).norm() / reference.norm() < 1e-3

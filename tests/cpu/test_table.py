@@ -16,6 +16,7 @@ from tables import H100, H200, mma, row, wgmma
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse, publish
+from marlin_gen.table_file import seal
 from marlin_gen.table_row import TableRow
 
 ROWS = [
@@ -47,9 +48,11 @@ def load_damaged(folder: Path, match: str) -> DispatchTable | None:
 
 
 def edit(folder: Path, change) -> None:
+    """Change a table as another program might write it: its own sha256 is right."""
     data = json.loads((folder / FILE_NAME).read_text())
+    del data["sha256"]
     change(data)
-    (folder / FILE_NAME).write_text(json.dumps(data))
+    (folder / FILE_NAME).write_text(seal(json.dumps(data)[1:]))
 
 
 def test_round_trip(written):
@@ -86,9 +89,12 @@ def test_a_file_that_is_no_table_is_a_miss(written, text):
 
 
 HEADS = {
-    "schema": (lambda d: d.update(schema=99), "schema=99 is not 1; it was written by another version"),
+    "schema": (lambda d: d.update(schema=99), "schema=99 is not 3; it was written by another version"),
+    "earlier schema": (lambda d: d.update(schema=2), "marlin-gen import` reads tables of schema 2"),
+    "launch": (lambda d: d.update(launch_version=1), "launch_version=1 is not 2"),
     "layout": (lambda d: d.update(layout_version=2), "layout_version=2 is not 1"),
-    "gpu field": (lambda d: d["gpu"].pop("num_sms"), "not used"),
+    "gpu field": (lambda d: d["gpu"].pop("num_sms"), "num_sms is missing"),
+    "gpu of no SMs": (lambda d: d["gpu"].update(num_sms=0), "num_sms=0 is not positive"),
     "unknown gpu field": (lambda d: d["gpu"].update(colour="red"), "not used"),
     "old gpu": (lambda d: d["gpu"].update(capability=[7, 5]), "7.5 is too old"),
     "rows": (lambda d: d.update(rows={}), "rows={} is not a list"),

@@ -101,7 +101,9 @@ struct Barriers {
     ptx::fence_proxy_async_shared();
   }
   // Between init and the consumers' first use, in every block of the cluster; every warp calls one of them.
-  __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_arrive_release() : ptx::bar_arrive(0, Config::kThreads); }
+  // The producer need not wait for its own block; for a cluster it does, since compute-sanitizer hangs where a cluster barrier's
+  // arrive and wait are apart.
+  __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_arrive(0, Config::kThreads); }
   __device__ void ready_sync() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_sync(0, Config::kThreads); }
   __device__ u32 full(int stage) const { return base + stage * 8; }                                  // the producer has filled it
   __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }                     // its consumers are done
@@ -182,6 +184,7 @@ struct TileOrder {
     tile_m = rest / width;
   }
 };
+
 
 // The packed weights and scales of one k block of a feature tile.
 struct Weights {
@@ -502,8 +505,7 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
   }
   if constexpr (kRanks > 1) {  // no block may leave while another may still signal its barriers
-    __syncwarp();              // the aligned barrier wants whole warps; one lane of the producer's comes late
-    if (warpgroup == 0) ptx::barrier_cluster_wait_acquire();  // of ready_arrive
+    __syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late
     ptx::barrier_cluster_sync();
   }
 }

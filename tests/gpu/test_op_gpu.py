@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import marlin_gen
-from marlin_gen.layout import PackedWeight
-from marlin_gen.operands import random_weight
 from marlin_gen.formats import DTYPES, FORMATS, WeightFormat
 from marlin_gen.launch import Launcher
+from marlin_gen.layout import PackedWeight
+from marlin_gen.operands import random_weight
 from marlin_gen.problem import Problem
 from marlin_gen.reference import dequantize, gemm_reference
 from marlin_gen.table import TableWarning

@@ -1,0 +1,70 @@
+"""Whether a table still tells the truth: a sample of its rows, timed again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlin_gen.config import KernelSpec
+from marlin_gen.measurement import Artifact, Measurement, Measurer
+from marlin_gen.table import DispatchTable
+from marlin_gen.table_row import TableRow
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One row timed again. ``now`` is None when its kernel is missing or damaged, or was never recorded."""
+
+    row: TableRow
+    now: Measurement | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Time now over the table's; None where nothing was timed."""
+        return self.now.us / self.row.us if self.now and self.now.ok and self.now.us else None
+
+    def fault(self, tolerance: float) -> str:
+        """What is wrong, in words; empty when the time is within ``tolerance`` (0.05: 5 %) or the intervals overlap."""
+        if self.now is None:
+            return "not timed: the kernel is missing or damaged, or not in the recording"
+        if self.ratio is None:
+            return f"{self.now.status} {self.now.detail}".rstrip()
+        low, high = self.now.us_low or self.now.us or 0.0, self.now.us_high or self.now.us or 0.0
+        if abs(self.ratio - 1) <= tolerance or not (high < self.row.us_low or low > self.row.us_high):
+            return ""
+        return "slower" if self.ratio > 1 else "faster"
+
+
+def sample(rows: Sequence[TableRow], count: int, seed: int) -> list[TableRow]:
+    """``count`` of the rows (all, if there are not more), sorted; equal arguments choose equal rows."""
+    ordered = sorted(rows, key=lambda row: row.problem)
+    picked = random.Random(seed).sample(range(len(ordered)), min(count, len(ordered)))
+    return [ordered[i] for i in sorted(picked)]
+
+
+def measure(measurer: Measurer, table: DispatchTable, rows: Sequence[TableRow], scratch: Path) -> Iterator[Drift]:
+    """Time each row's plan with the table's own kernel, as finals are timed. ``scratch``: an empty folder.
+
+    A ValueError when the table is of another kind of GPU than the measurer.
+    """
+    if not measurer.gpu.same_class(table.gpu):
+        raise ValueError(f"the table is of {table.gpu.slug}, what measures is {measurer.gpu.slug}; verify it there")
+    for row in rows:
+        spec = row.specs(table.gpu)[0]
+        artifact = _artifact(table, spec, scratch)
+        measured = measurer.finals(row.problem, [(artifact, row.plan)]) if artifact else []
+        yield Drift(row, measured[0] if measured else None)
+
+
+def _artifact(table: DispatchTable, spec: KernelSpec, scratch: Path) -> Artifact | None:
+    cubin = table.cubin(spec.key)
+    if cubin is None:
+        return None
+    folder = scratch / spec.key
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "kernel.cubin").symlink_to(cubin.resolve())
+    kernel = table.kernels[spec.key]
+    return Artifact(spec, kernel.symbol, folder, kernel.registers, spill_bytes=0, static_smem_bytes=0)

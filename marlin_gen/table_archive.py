@@ -1,0 +1,119 @@
+"""Tables in one file: a zip archive of ``<gpu.slug>/table.json`` and ``<gpu.slug>/kernels/*.cubin``.
+
+Equal tables give equal bytes. A reader takes no name but of these two forms, no more of anything than the bounds below,
+and lets the tables' own hashes judge the content.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from marlin_gen import whole_files
+from marlin_gen.dispatch import tables_below
+from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table_file import MAX_CUBIN_BYTES, MAX_TABLE_BYTES
+
+SUFFIX = ".zip"
+MAX_FILES = 16384
+MAX_BYTES = 512 << 20  # of the archive, and of what is in it
+EARLIER_SCHEMAS = (2,)
+
+_NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,80})/(table\.json|kernels/[a-z0-9_-]{1,160}\.cubin)", re.ASCII)
+_DATE = (1980, 1, 1, 0, 0, 0)  # the least that a zip can say
+# What zipfile raises for damaged archives, beside ValueError and OSError.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, IndexError)
+
+
+def write_archive(path: Path, tables: Sequence[DispatchTable]) -> int:
+    """Write the tables with their kernels; returns the archive's size in bytes. The file appears whole or not at all.
+
+    A ValueError names a kernel that is not there unaltered, or the GPU that has two tables.
+    """
+    buffer = io.BytesIO()
+    slugs = [table.gpu.slug for table in tables]
+    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
+        raise ValueError(f"there are {slugs.count(twice[0])} tables of {twice[0]}; merge them first")
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for table in sorted(tables, key=lambda table: table.gpu.slug):
+            archive.writestr(_entry(f"{table.gpu.slug}/{FILE_NAME}"), table.text())
+            for key, kernel in sorted(table.kernels.items()):
+                cubin = table.cubin(key)
+                if cubin is None:
+                    raise ValueError(f"the table of {table.gpu.slug} has no intact {kernel.file}; tune again")
+                archive.writestr(_entry(f"{table.gpu.slug}/{kernel.file}"), cubin.read_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole_files.write(path, buffer.getvalue())
+    return len(buffer.getvalue())
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _DATE)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[list[DispatchTable]]:
+    """The tables in a folder, in its subfolders or in an archive. An archive's lie in a temporary folder meanwhile.
+
+    Tables of earlier schemas are read too. Raises FileNotFoundError or a ValueError when there is none to read; parts
+    that are damaged are left out, with one warning for each table.
+    """
+    if path.is_dir():
+        yield _some(tables_below(path, schemas=EARLIER_SCHEMAS), path)
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}; name a folder of tables, or an archive of marlin-gen export")
+    with tempfile.TemporaryDirectory(prefix="marlin_gen-tables-") as folder:
+        _unpack(path, Path(folder))
+        yield _some(tables_below(Path(folder), schemas=EARLIER_SCHEMAS), path)
+
+
+def _some(tables: list[DispatchTable], path: Path) -> list[DispatchTable]:
+    if not tables:
+        raise ValueError(f"{path} holds no table that can be used")
+    return tables
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(whole_files.read(path, MAX_BYTES))) as archive:
+            entries = _checked(archive.infolist(), path)
+            left = MAX_BYTES
+            for entry in entries:
+                # What a header says of a size is not believed: reading stops at the bound.
+                bound = min(MAX_CUBIN_BYTES if entry.filename.endswith(".cubin") else MAX_TABLE_BYTES, left)
+                with archive.open(entry) as stream:
+                    content = stream.read(bound + 1)
+                if len(content) > bound:
+                    raise ValueError(f"{path}: {entry.filename} is larger than {bound} bytes")
+                left -= len(content)
+                target = folder / entry.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is not an intact archive ({error}); copy it again") from None
+
+
+def _checked(entries: Sequence[zipfile.ZipInfo], path: Path) -> Sequence[zipfile.ZipInfo]:
+    """The entries; a ValueError names one that a table has not, or that is there twice."""
+    if len(entries) > MAX_FILES:
+        raise ValueError(f"{path} holds {len(entries)} files, {MAX_FILES} at most are read")
+    seen: set[str] = set()
+    for entry in entries:
+        # zipfile ends a name at a NUL; the original still has it.
+        if not _NAME.fullmatch(entry.orig_filename) or entry.filename in seen:
+            said = f"{entry.orig_filename!r:.200} is not a file of a table, or is there twice"
+            raise ValueError(f"{path}: {said}; nothing was read")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path}: {entry.filename} is compressed in a way that export does not use; copy it again")
+        seen.add(entry.filename)
+    return entries

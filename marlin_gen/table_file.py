@@ -1,0 +1,146 @@
+"""``table.json``: the text of a dispatch table, sealed with its own sha256, and the reader that believes nothing.
+
+The first field is the sha256 of every byte after its line, so a table that was cut short, edited or hit by a bad disk
+is a miss as a whole. What passes is checked field by field all the same: a sealed table may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from marlin_gen import whole_files
+from marlin_gen.arch import Gpu
+from marlin_gen.config import KernelSpec
+from marlin_gen.families.base import LAUNCH_VERSION
+from marlin_gen.formats import LAYOUT_VERSION
+from marlin_gen.table_row import FieldError, KernelFile, TableRow, size, take
+
+SCHEMA = 3  # 2 had no seal and no launch_version, which was 2; the kernels of 1 took other arguments
+FILE_NAME = "table.json"
+MAX_TABLE_BYTES = 64 << 20  # 80000 rows
+MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
+
+_SEAL = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",\n')
+_EARLIER = "; `marlin-gen import` reads tables of schema 2"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The content of a table's file, and ``faults``: a sentence for each entry that was left out."""
+
+    gpu: Gpu
+    protocol: str
+    runs: Sequence[dict[str, Any]]
+    kernels: Mapping[str, KernelFile]
+    rows: Sequence[TableRow]
+    faults: Sequence[str] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, data: Any, schemas: Sequence[int] = ()) -> Parsed:
+        """The schema; a ValueError when the head is at fault."""
+        try:
+            _check_versions(data, (SCHEMA, *schemas))
+            gpu = _gpu(take(data, "gpu", dict))
+            protocol, runs = take(data, "protocol", str), take(data, "runs", list)
+            kernel_data, row_data = take(data, "kernels", dict), take(data, "rows", list)
+            if not all(isinstance(run, dict) for run in runs):
+                raise FieldError("runs has an entry that is not an object")
+        except (TypeError, KeyError) as error:
+            raise FieldError(str(error)) from None
+        faults: list[str] = []
+        kernels: dict[str, KernelFile] = {}
+        for key, entry in kernel_data.items():
+            try:
+                kernels[key] = KernelFile.from_json(key, entry)
+                if (arch := KernelSpec.from_key(key).arch) != gpu.arch.name:
+                    del kernels[key]
+                    raise FieldError(f"is for {arch}, this GPU runs {gpu.arch.name}")
+            except ValueError as error:
+                faults.append(f"kernel {key:.120}: {error}")
+        rows = []
+        for number, entry in enumerate(row_data):
+            try:
+                rows.append(TableRow.from_json(entry))
+            except ValueError as error:
+                faults.append(f"row {number}: {error}")
+        return cls(gpu, protocol, runs, kernels, rows, faults)
+
+
+def _check_versions(data: Any, schemas: Sequence[int]) -> None:
+    fix = "it was written by another version of marlin_gen, tune again"
+    if (schema := take(data, "schema", int)) not in schemas:
+        raise FieldError(f"schema={schema} is not {SCHEMA}; {fix}{_EARLIER if schema == 2 else ''}")
+    launch = 2 if schema == 2 else take(data, "launch_version", int)
+    for name, found, expected in (
+        ("layout_version", take(data, "layout_version", int), LAYOUT_VERSION),
+        ("launch_version", launch, LAUNCH_VERSION),
+    ):
+        if found != expected:
+            raise FieldError(f"{name}={found} is not {expected}; {fix}")
+
+
+def _gpu(data: dict[str, Any]) -> Gpu:
+    capability = take(data, "capability", list)
+    if len(capability) != 2 or not all(type(part) is int and 0 <= part < 1000 for part in capability):
+        raise FieldError(f"gpu: capability={capability!r:.60} is not two small numbers")
+    for name in ("num_sms", "l2_bytes", "smem_per_sm", "bandwidth_gbs"):
+        if size(data, name) < 1:
+            raise FieldError(f"gpu: {name}={data[name]} is not positive")
+    take(data, "name", str)
+    gpu = Gpu.from_json(data)
+    gpu.arch  # noqa: B018  raises for a GPU that no kernel can run on
+    return gpu
+
+
+def read_file(path: Path, schemas: Sequence[int] = ()) -> Parsed:
+    """The table at ``path``; an OSError, or a ValueError that says why no part of it is used."""
+    return parse_file(whole_files.read(path, MAX_TABLE_BYTES), schemas)
+
+
+def parse_file(content: bytes, schemas: Sequence[int] = ()) -> Parsed:
+    """The table whose file has this content; a ValueError that says why no part of it is used."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FieldError(f"it cannot be read ({error}). Restore the file, or tune again") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    # Another schema is named as such, be it sealed or not.
+    if schema == SCHEMA or not isinstance(schema, int):
+        check_seal(content)
+    return Parsed.of(data, schemas)
+
+
+def seal(rest: str) -> str:
+    """A JSON object whose first field is the sha256 of ``rest``: the other fields' lines and the closing brace."""
+    return f'{{\n "sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+
+
+def check_seal(content: bytes) -> None:
+    """A ValueError unless the content is as ``seal`` made it."""
+    found = _SEAL.match(content)
+    if not found:
+        raise FieldError("it does not begin with its sha256: it was edited or damaged. Restore the file, or tune again")
+    if hashlib.sha256(content[found.end() :]).hexdigest().encode() != found[1]:
+        raise FieldError("its sha256 is not that of its content: it was edited or damaged. Restore it, or tune again")
+
+
+def file_text(table: Parsed) -> str:
+    """One row, kernel and run per line, sealed. Equal tables give equal bytes."""
+    head = {
+        "schema": SCHEMA, "layout_version": LAYOUT_VERSION, "launch_version": LAUNCH_VERSION,
+        "protocol": table.protocol, "gpu": table.gpu.to_json(),
+    }  # fmt: skip
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
+    runs = [f"  {json.dumps(run, sort_keys=True)}" for run in table.runs]
+    kernels = [f"  {json.dumps(key)}: {json.dumps(vars(kernel))}" for key, kernel in sorted(table.kernels.items())]
+    rows = [f"  {json.dumps(row.to_json())}" for row in table.rows]
+    for name, marks, entries in (("runs", "[]", runs), ("kernels", "{}", kernels), ("rows", "[]", rows)):
+        comma = "" if name == "rows" else ","
+        lines += [f' "{name}": {marks[0]}', ",\n".join(entries), f" {marks[1]}{comma}"]
+    return seal("\n".join([*lines, "}", ""]))

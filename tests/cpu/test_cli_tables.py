@@ -1,0 +1,250 @@
+"""``export``, ``import``, ``merge``, ``diff`` and ``verify`` as a user meets them, on the shipped table and others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tables
+from tables import A100, H100, mma, row
+
+from marlin_gen import env
+from marlin_gen.cli.root import main
+from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.measurement import Measurement
+from marlin_gen.problem import Problem
+from marlin_gen.record import MeasurementLog, pack
+from marlin_gen.replay import FILE_NAME as RECORDING
+from marlin_gen.replay import shipped_recordings
+from marlin_gen.table import FILE_NAME, DispatchTable
+
+PROBLEM = Problem(4096, 4096, 1)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """User folders of this test alone, and no shipped tables unless it asks for them."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("MARLIN_GEN_TABLE", raising=False)
+    return tmp_path
+
+
+def said(capsys, *words: str, code: int = 0) -> dict:
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def shipped() -> DispatchTable:
+    return DispatchTable.load(next(iter(shipped_recordings().values())).parent)
+
+
+# export
+
+
+def test_export_of_the_shipped_table_serves_it_all_from_fewer_kernels(shipped, home, capsys):
+    told = said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(home / "out"))
+    made = DispatchTable.load(home / "out" / shipped.gpu.slug)
+    assert {r.problem for r in made.rows} == {r.problem for r in shipped.rows}
+    assert told["kernels"] == len(made.kernels) == told["least"] < len(shipped.kernels)
+    assert told["worst_regret"] <= told["regret"] == 0.03
+    assert told["bytes"] == sum(path.stat().st_size for path in (made.folder / "kernels").iterdir()) < 10_000_000
+    assert made.intact() == made
+    # What a server asks for is served by the exported kernels, the rows' own plan first.
+    dispatcher = Dispatcher(made.gpu, [made])
+    for r in made.rows:
+        first = next(dispatcher.choose(r.problem))
+        assert (first.plan, first.origin) == (r.plan, "exact") and first.kernel
+    # With the defaults kept, shapes far from every row are served without a compiler too.
+    far = [choice for choice in dispatcher.choose(Problem(64, 128, 1)) if choice.origin == "default"]
+    assert any(choice.kernel for choice in far)
+    curve = told["curve"]
+    assert [point["regret"] for point in curve] == sorted({0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2})
+    assert [p["kernels"] for p in curve] == sorted((p["kernels"] for p in curve), reverse=True)
+    assert curve[0]["worst_regret"] == 0.0 and all(p["worst_regret"] <= p["regret"] for p in curve)
+    assert made.runs[-1]["export"]["regret"] == 0.03
+
+    assert main(["export", "--gpu", shipped.gpu.slug, "--out", str(home / "out")]) == 2
+    assert "holds a table already" in capsys.readouterr().err
+    less = said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(home / "b"), "--no-defaults")
+    assert less["kernels"] < told["kernels"] and less["defaults_kept"] == 0
+
+
+def test_export_prints_the_curve(shipped, home, capsys):
+    assert main(["export", "--gpu", shipped.gpu.slug, "--out", str(home / "t.zip"), "--regret", "7.5%"]) == 0
+    shown = capsys.readouterr()
+    assert "7.5%*" in shown.out and "20.0%" in shown.out and "at least" in shown.out
+    assert f"written to {home / 't.zip'}" in shown.err
+
+
+def test_compiling_recorded_kernels_needs_the_templates_they_were_timed_with(home, capsys, monkeypatch):
+    made = tables.table(home / "t", [row(4096, 4096, 1, mma())])
+    log = MeasurementLog(home / "log", H100, {"templates": "another", "compiler": "nvcc 1"})
+    log.measurement(Measurement(PROBLEM, mma(64), "ok", 10.1, 10.0, 10.2, 2e-4))
+    log.close()
+    pack(home / "log", made.folder / RECORDING)
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "t"))
+    assert main(["export", "--gpu", made.gpu.slug, "--out", str(home / "o"), "--compile"]) == 2
+    assert "recorded with templates another" in capsys.readouterr().err
+
+
+def test_a_recorded_kernel_is_compiled_for_the_export(home, capsys, monkeypatch, tmp_cache):
+    """The real compiler: one kernel near two winners, which the table does not have, replaces both."""
+    from marlin_gen.cli.study import templates_digest
+    from marlin_gen.families import FAMILIES
+    from marlin_gen.toolchain import find_toolchain
+
+    compiler = find_toolchain()
+    near = FAMILIES.rows["mma"].default(PROBLEM, H100)
+    rows = [row(4096, 4096, 1, mma(32), us=10.0), row(4096, 4096, 16, mma(64), us=20.0)]
+    made = tables.table(home / "t", rows)
+    versions = {"templates": templates_digest(), "compiler": f"{compiler.name} {compiler.version}"}
+    log = MeasurementLog(home / "log", H100, versions)
+    for r in rows:
+        for plan, us in ((r.plan, r.us), (near, r.us * 1.01)):
+            log.measurement(Measurement(r.problem, plan, "ok", us, us * 0.99, us * 1.01, 2e-4))
+    log.close()
+    pack(home / "log", made.folder / RECORDING)
+    monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "t"))
+    told = said(capsys, "export", "--gpu", made.gpu.slug, "--out", str(home / "o"), "--compile")
+    found = DispatchTable.load(home / "o" / H100.slug)
+    assert told["kernels"] == 1 and {r.plan for r in found.rows} == {near}
+    (key,) = found.kernels
+    assert found.cubin(key).read_bytes()[:4] == b"\x7fELF"
+
+
+# import, merge, diff
+
+
+def test_an_exported_archive_is_imported_and_used_before_the_shipped_table(shipped, home, capsys):
+    archive = home / "tables.zip"
+    told = said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(archive))
+    taken = said(capsys, "import", str(archive))
+    (one,) = taken["tables"]
+    assert one["rows_added"] == len(shipped.rows) and one["kernels"] == told["kernels"] and not one["rows_damaged"]
+    first, *others = find_tables()
+    assert first.folder == Path(one["table"]) == env.user_data_dir() / "tuned" / shipped.gpu.slug
+    assert [found.folder for found in others] == [shipped.folder]
+    again = said(capsys, "import", str(archive))
+    assert again["tables"][0]["rows_replaced"] == len(shipped.rows)
+    assert DispatchTable.load(first.folder) == first
+
+
+def test_whose_row_stays_is_asked(home, capsys):
+    mine, theirs = mma(32), mma(64)
+    tables.table(home / "mine", [row(4096, 4096, 1, mine, us=10.0), row(64, 4096, 1, mine, us=5.0)])
+    tables.table(home / "theirs", [row(4096, 4096, 1, theirs, us=9.0), row(64, 4096, 1, theirs, us=6.0)])
+    chosen = {}
+    for prefer in ("newer", "older", "faster"):
+        target = home / prefer
+        shutil.copytree(home / "mine", target)
+        (one,) = said(capsys, "import", str(home / "theirs"), "--to", str(target), "--prefer", prefer)["tables"]
+        found = DispatchTable.load(target / H100.slug)
+        assert found.intact() == found
+        chosen[prefer] = [r.plan for r in found.rows]
+        assert one["rows_replaced"] + one["rows_kept"] == 2
+    assert chosen == {"newer": [theirs, theirs], "older": [mine, mine], "faster": [mine, theirs]}
+    assert main(["import", str(home / "theirs"), "--prefer", "best"]) == 2
+    assert "--prefer 'best' is not one of newer, older, faster" in capsys.readouterr().err
+
+
+def test_a_damaged_kernel_is_not_imported_over_a_good_one(home, capsys):
+    mine, theirs = mma(32), mma(64)
+    tables.table(home / "mine", [row(4096, 4096, 1, mine)])
+    other = tables.table(home / "theirs", [row(4096, 4096, 1, theirs), row(64, 4096, 1, mma(16))])
+    (other.folder / other.kernels[row(1 << 12, 1 << 12, 1, theirs).specs(H100)[0].key].file).write_bytes(b"half")
+    (one,) = said(capsys, "import", str(home / "theirs"), "--to", str(home / "mine"), code=1)["tables"]
+    assert (one["rows_damaged"], one["rows_added"]) == (1, 1)
+    found = DispatchTable.load(home / "mine" / H100.slug)
+    assert [r.plan for r in found.rows] == [mma(16), mine] and found.intact() == found
+
+
+def test_a_table_of_the_earlier_schema_is_read_by_import_alone(home, capsys):
+    made = tables.table(home / "old", [row(4096, 4096, 1, mma())])
+    data = json.loads(made.text())
+    del data["sha256"], data["launch_version"]
+    (made.folder / FILE_NAME).write_text(json.dumps({**data, "schema": 2}))
+    with pytest.warns(UserWarning, match="marlin-gen import"):
+        assert DispatchTable.load(made.folder) is None
+    said(capsys, "import", str(home / "old"), "--to", str(home / "new"))
+    assert DispatchTable.load(home / "new" / H100.slug).rows == made.rows
+
+
+def test_tables_of_several_machines_merge_to_the_fastest(home, capsys):
+    for i, us in enumerate((12.0, 9.0, 10.0)):
+        own = row(64 * (i + 1), 128, 1, mma())
+        tables.table(home / f"node{i}", [row(4096, 4096, 1, mma(16 * (i + 1)), us=us), own])
+    tables.table(home / "node3", [row(4096, 4096, 1, mma())], gpu=A100)
+    nodes = [str(home / f"node{i}") for i in range(4)]
+    said(capsys, "merge", *nodes, "--out", str(home / "all"))
+    found = DispatchTable.load(home / "all" / H100.slug)
+    assert [(r.problem.n, r.us) for r in found.rows] == [(64, 10.0), (128, 10.0), (192, 10.0), (4096, 9.0)]
+    assert found.intact() == found and (home / "all" / A100.slug / FILE_NAME).is_file()
+
+
+def test_diff_names_what_differs_and_exits_with_one(home, capsys):
+    tables.table(home / "a", [row(4096, 4096, 1, mma(32), us=10.0), row(64, 128, 1, mma(32)), row(128, 128, 1, mma())])
+    tables.table(home / "b", [row(4096, 4096, 1, mma(64), us=8.0), row(64, 128, 1, mma(32)), row(256, 128, 1, mma())])
+    a, b = str(home / "a"), str(home / "b")
+    found = said(capsys, "diff", a, b, code=1)[H100.slug]
+    (change,) = found["changed"]
+    assert (change["n"], change["ratio"], change["clear"]) == (4096, 0.8, True)
+    assert [r["n"] for r in found["added"]] == [256] and [r["n"] for r in found["removed"]] == [128]
+    assert len(found["kernels_added"]) == 1 and not found["kernels_removed"] and not found["same"]
+    assert main(["diff", a, b]) == 1
+    assert "1 rows added, 1 removed, 1 changed" in capsys.readouterr().err
+    assert main(["diff", a, a]) == 0
+    tables.table(home / "c", [row(64, 128, 1, mma())], gpu=A100)
+    assert main(["diff", a, str(home / "c")]) == 2
+    assert "only one side has a table of" in capsys.readouterr().err
+
+
+# verify
+
+
+def test_verify_of_the_shipped_table_on_its_own_recording_finds_no_drift(shipped, capsys):
+    found = said(capsys, "verify", "--device", f"replay:{shipped.gpu.slug}", "--rows", "20")
+    assert len(found["rows"]) == 20 and found["mean_ratio"] == pytest.approx(1, abs=1e-3)
+    again = said(capsys, "verify", "--device", f"replay:{shipped.gpu.slug}", "--rows", "20")
+    assert again == found
+    other = said(capsys, "verify", "--device", f"replay:{shipped.gpu.slug}", "--rows", "20", "--seed", "1")
+    assert other["rows"] != found["rows"]
+
+
+def test_verify_reports_drift_and_damage(home, capsys):
+    rows = [row(4096, 4096, m, mma(16 * m), us=10.0) for m in (1, 2, 3, 4, 5)]
+    made = tables.table(home / "t", rows)
+    log = MeasurementLog(home / "log", H100)
+    for r, us, status in zip(rows, (10.0, 12.0, 8.0, None, 10.0), ("ok", "ok", "ok", "wrong", "ok"), strict=True):
+        times = (us, us - 0.1, us + 0.1, 2e-4) if us else (None, None, None, None)
+        log.final(Measurement(r.problem, r.plan, status, *times))
+    log.close()
+    pack(home / "log", home / "r.gz")
+    (made.folder / made.kernels[rows[4].specs(H100)[0].key].file).unlink()
+    found = said(capsys, "verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", code=1)
+    faults = [entry["fault"].split(":")[0] for entry in found["rows"]]
+    assert faults == ["", "slower", "faster", "wrong", "not timed"]
+    assert main(["verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", "--tolerance", "30"]) == 1
+    assert "5 rows timed again: 0.99x the table's time in the mean, 2 at fault" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "--gpu", "h100", "--out", "x", "--regret", "much"], "--regret 'much' is not a percentage"),
+        (["import", "nowhere.zip"], "no such file: nowhere.zip"),
+        (["verify", "--device", "replay:h100", "--rows", "0"], "--rows 0"),
+        (["diff", "nowhere", "nowhere"], "no such file: nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_value(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+
+
+def test_a_file_that_is_no_archive_is_refused(home, capsys):
+    (home / "x.zip").write_bytes(b"PK\x03\x04 or so")
+    assert main(["import", str(home / "x.zip")]) == 2
+    assert "is not an intact archive" in capsys.readouterr().err
