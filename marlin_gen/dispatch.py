@@ -166,17 +166,15 @@ def known_winners(
 ) -> list[Plan]:
     """The plans that tables have for these problems, to be tried early by a search.
 
-    From tables of this GPU (unless not ``own``) and of related ones. A kind of numbers that they lack is served by
-    about the same plans as the default kind: those of that then.
+    From tables of this GPU (unless not ``own``) and of related ones; for numbers that they lack, of the default kind.
     """
     dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
     found: dict[Plan, None] = {}
     for problem in problems:
         usual = Problem(problem.n, problem.k, problem.m)
         for asked in dict.fromkeys((problem, usual)):
-            choices = [choice.plan for choice in islice(dispatcher.choose(asked), 2) if choice.origin != "default"]
-            if choices:
-                found |= dict.fromkeys(choices)
+            if plans := [c.plan for c in islice(dispatcher.choose(asked), 2) if c.origin != "default"]:
+                found |= dict.fromkeys(plans)
                 break
     return list(found)
 

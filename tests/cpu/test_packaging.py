@@ -253,7 +253,9 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
         ("torch", "2.9.0", "cp312-cp312-manylinux_2_28_x86_64"),  # for another machine
         ("torch", "2.10.0", "cp312-cp312-manylinux_2_28_aarch64"),
         ("torch", "2.11.0", "cp312-cp312-manylinux_2_36_aarch64"),  # needs a newer C library
+        ("accelerate", "1.10.0", "py3-none-any"),
         ("gguf", "0.19.0", "py3-none-any"),
+        ("transformers", "5.0.0", "py3-none-any"),
         ("safetensors", "0.6.0", "cp38-abi3-manylinux_2_17_aarch64"),
     ):
         tiny_wheel(index, name, version, tag)
@@ -265,9 +267,10 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
     words = ["--out", str(out), "--python", "3.12", "--platform", "aarch64", "--extras", "hf"]
     assert tool.main([*words, "--pip=--no-index", f"--pip=--find-links={index}"]) == 0
     names = {"-".join(path.name.split("-")[:2]) for path in out.glob("*.whl")}
-    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == {"gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0"}
+    others = {"accelerate-1.10.0", "gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0", "transformers-5.0.0"}
+    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == others
     said = capfd.readouterr().out
-    assert "4 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
+    assert "6 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
     with pytest.raises(SystemExit):  # nothing there for x86_64 and 3.10: pip's own words say what is missing
         tool.main(["--out", str(tmp_path / "b"), "--python", "3.10", "--platform", "x86_64",
