@@ -26,6 +26,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +159,24 @@ class Dispatcher:
 def choose(problem: Problem, gpu: Gpu, tables: Sequence[DispatchTable]) -> Iterator[Choice]:
     """The candidates for one problem, best first. Build a ``Dispatcher`` to ask more than once."""
     return Dispatcher(gpu, tables, forced_plan()).choose(problem)
+
+
+def known_winners(
+    gpu: Gpu, tables: Sequence[DispatchTable], problems: Sequence[Problem], own: bool = True
+) -> list[Plan]:
+    """The plans that tables have for these problems, to be tried early by a search.
+
+    From tables of this GPU (unless not ``own``) and of related ones; for numbers that they lack, of the default kind.
+    """
+    dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
+    found: dict[Plan, None] = {}
+    for problem in problems:
+        usual = Problem(problem.n, problem.k, problem.m)
+        for asked in dict.fromkeys((problem, usual)):
+            if plans := [c.plan for c in islice(dispatcher.choose(asked), 2) if c.origin != "default"]:
+                found |= dict.fromkeys(plans)
+                break
+    return list(found)
 
 
 def forced_plan() -> Plan | None:

@@ -1,4 +1,4 @@
-"""Collects every wheel that an install of marlin_gen needs, for a machine without a network. See docs/air-gapped.md.
+"""Collects every wheel that an install of marlin_gen needs, for a machine without a network. See AIR_GAPPED.md.
 
     python tools/collect_wheels.py --out wheels --extras tune,nvrtc --python 3.11 --platform x86_64
 

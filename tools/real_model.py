@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from marlin_gen import csv_rows
 from marlin_gen.cli.console import note, out, table
-from marlin_gen.hf import from_gguf
+from marlin_gen.hf import from_gguf, tokenizer_from_gguf
 
 TEXT = Path(__file__).resolve().parent / "texts" / "alice.txt"
 KINDS = {"kernels": "quantised", "f16": "f16", "f32": "exact"}
@@ -92,9 +92,7 @@ def greedy(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 def measure(path: Path, device: str, tokens: int, window: int, words: int | None) -> list[Row]:
     """All figures; the models are loaded one after another and share the device."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = tokenizer_from_gguf(path)
     text = TEXT.read_text()
     if words is not None:
         text = " ".join(text.split(" ")[:words])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +14,9 @@ from marlin_gen import env
 from marlin_gen.cli import arguments, gpus, speedups, study
 from marlin_gen.cli.console import note, out, print_json
 from marlin_gen.cli.progress import tune_progress
-from marlin_gen.config import Plan
-from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.dispatch import find_tables, known_winners
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Measurer
-from marlin_gen.problem import Problem
 from marlin_gen.record import pack
 from marlin_gen.replay import ReplayMeasurer, recording_name
 from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
@@ -75,7 +72,7 @@ def tune(
                 result = search(
                     problems, measurer, kept.log, study_path=kept.journal, options=options, versions=versions,
                     candidates=measurer.recording.configs(kind) if isinstance(measurer, ReplayMeasurer) else None,
-                    winners_elsewhere=() if replay else _known_winners(measurer, problems),
+                    winners_elsewhere=known_winners(measurer.gpu, find_tables(), problems, own=not replay),
                     build=build_with_ninja(jobs), on_progress=on_progress,
                 )  # fmt: skip
             results.append(result)
@@ -96,13 +93,6 @@ def tune(
         raise typer.Exit(130)
     if any(result.unsolved for result in results):
         raise typer.Exit(1)
-
-
-def _known_winners(measurer: Measurer, problems: Sequence[Problem]) -> list[Plan]:
-    """What the tables of this GPU, or of related ones, would run: tried early."""
-    dispatcher = Dispatcher(measurer.gpu, find_tables())
-    found = (choice for problem in problems for choice in islice(dispatcher.choose(problem), 2))
-    return list(dict.fromkeys(choice.plan for choice in found if choice.origin != "default"))
 
 
 def rows_of(result: SearchResult) -> list[TableRow]:

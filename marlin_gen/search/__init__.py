@@ -62,7 +62,11 @@ def tune(
     ahead = CompileAhead(spec_of, build or build_with_ninja())
     try:
         journal = Journal(study_path, space) if study_path else None
-        seeds = {"default": _defaults(problems, gpu), "winner elsewhere": winners_elsewhere}
+        seeds = {
+            "default": _defaults(problems, gpu),
+            "winner elsewhere": [plan.config for plan in winners_elsewhere],
+            "other default": [c for family in FAMILIES.rows.values() for c in family.defaults(gpu.arch, fmt)],
+        }
         tuner = Tuner(problems, space, measurer, log, journal, ahead, seeds, options, on_progress, started)
         rounds = {}
         try:
@@ -102,7 +106,8 @@ def check_problems(problems: Sequence[Problem]) -> list[Problem]:
     return unique
 
 
-def _defaults(problems: Sequence[Problem], gpu: Gpu) -> list[Plan]:
+def _defaults(problems: Sequence[Problem], gpu: Gpu) -> list[KernelConfig]:
     """What would run without a table, then every family's default of every problem."""
-    defaults = [default_plan(problem, gpu) for problem in problems]
-    return list(dict.fromkeys([*defaults, *(f.default(p, gpu) for p in problems for f in FAMILIES.rows.values())]))
+    plans = [default_plan(problem, gpu) for problem in problems]
+    plans += [family.default(problem, gpu) for problem in problems for family in FAMILIES.rows.values()]
+    return list(dict.fromkeys(plan.config for plan in plans))

@@ -37,7 +37,7 @@ class Tuner:
 
     def __init__(
         self, problems: Sequence[Problem], candidates: Candidates, measurer: Measurer, log: MeasurementLog,
-        journal: Journal | None, ahead: CompileAhead, seeds: Mapping[str, Sequence[Plan]], options: TuneOptions,
+        journal: Journal | None, ahead: CompileAhead, seeds: Mapping[str, Sequence[KernelConfig]], options: TuneOptions,
         on_progress: Callable[[Progress], None] | None, started: float,
     ) -> None:  # fmt: skip
         self.problems, self.candidates, self.options = problems, candidates, options
@@ -64,8 +64,8 @@ class Tuner:
         self._take_baselines()
         roofline_us = np.array([self.roofline_us(problem) for problem in self.problems])
         proposer = Proposer(self.trials, self.model, self.samplers, roofline_us, self.options.gate)
-        for source, plans in self._seeds.items():
-            proposer.seed([plan.config for plan in plans], source)
+        for source, configs in self._seeds.items():
+            proposer.seed(configs, source)
         self._searching_since = time.monotonic()
         done = self.log.recording.done
         recorded = deque(self.log.recording.batches)

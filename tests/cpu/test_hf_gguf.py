@@ -16,7 +16,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import marlin_gen.hf as hf
 from marlin_gen import QuantLinear
@@ -75,12 +75,17 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
     writer.add_float32("llama.rope.freq_base", 100000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     if tokenizer:
-        byte_tokens = [chr(c if 33 <= c <= 126 else 256 + c) for c in range(VOCABULARY - 1)]
+        # Token numbers are those of the bytes; "12" would be a token of its own if digits were not told apart.
+        byte_tokens = [chr(c if 33 <= c <= 126 else 256 + c) for c in range(VOCABULARY - 2)]
+        byte_tokens[0] = "<|end|>"
         writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_array("tokenizer.ggml.tokens", [*byte_tokens, "ab"])
-        writer.add_array("tokenizer.ggml.token_type", [1] * VOCABULARY)
-        writer.add_array("tokenizer.ggml.merges", ["a b"])
-        writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+        writer.add_array("tokenizer.ggml.tokens", [*byte_tokens, "12", "ab"])
+        writer.add_array("tokenizer.ggml.token_type", [3] + [1] * (VOCABULARY - 1))
+        writer.add_string("tokenizer.ggml.pre", "smollm")
+        writer.add_string("tokenizer.chat_template", "{{ messages[0]['content'] }}<|end|>")
+        writer.add_array("tokenizer.ggml.merges", ["a b", "1 2"])
+        writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
+        writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in source.named_parameters():
         target = dense.get_parameter(name)
@@ -184,6 +189,20 @@ def test_the_readme_s_five_lines(smol, tmp_path, capsys):
     assert len(code.splitlines()) == 5 and code.count('"cuda"') == 1
     exec(code.replace('"checkpoint"', repr(str(tmp_path / "out"))).replace('"cuda"', '"cpu"'), {})
     assert len(capsys.readouterr().out) > 20
+
+
+def test_the_tokenizer(tmp_path):
+    """Control tokens whole, digits alone, nothing put first, every byte back."""
+    write(tmp_path / "a.gguf", tokenizer=True)
+    found = hf.tokenizer_from_gguf(tmp_path / "a.gguf")
+    found.save_pretrained(tmp_path / "saved")
+    for tokenizer in (found, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert tokenizer("abba 12").input_ids == [VOCABULARY - 1, ord("b"), ord("a"), 32, ord("1"), ord("2")]
+        assert tokenizer("a<|end|>b").input_ids == [ord("a"), 0, ord("b")]
+        assert tokenizer.decode(tokenizer("abba 12\n").input_ids) == "abba 12\n"
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 0)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        assert text == "hi<|end|>"
 
 
 def test_q4_0_and_an_untied_head(tmp_path):

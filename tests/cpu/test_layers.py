@@ -24,7 +24,8 @@ ONLY = {
     "rich": {"cli"},
     "ninja": {"compile"},
     "gguf": {"checkpoints"},
-    "transformers": {"hf", "convert"},
+    "transformers": {"hf"},
+    "tokenizers": {"hf"},
     "safetensors": {"convert"},
 }
 # Not in the table: the package front, which names public things of every layer, and the standalone compiler command.

@@ -300,8 +300,8 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
     words = ["--out", str(out), "--python", "3.12", "--platform", "aarch64", "--extras", "hf"]
     assert tool.main([*words, "--pip=--no-index", f"--pip=--find-links={index}"]) == 0
     names = {"-".join(path.name.split("-")[:2]) for path in out.glob("*.whl")}
-    expected = {"accelerate-1.10.0", "gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0", "transformers-5.0.0"}
-    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == expected
+    others = {"accelerate-1.10.0", "gguf-0.19.0", "safetensors-0.6.0", "torch-2.10.0", "transformers-5.0.0"}
+    assert names - {f"marlin_gen-{marlin_gen.__version__}"} == others
     said = capfd.readouterr().out
     assert "6 wheels" in said and "pip install --no-index --find-links . 'marlin_gen[hf]'" in said
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0

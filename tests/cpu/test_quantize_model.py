@@ -67,6 +67,14 @@ def test_replaces_in_place_and_says_what_it_left():
     assert 0 < error < 0.12
 
 
+def test_layers_in_bfloat16_stay_in_it():
+    made = model().bfloat16()
+    expected = made(IDS).float()
+    quantize_model(made, "u4mg32")
+    assert made.layers[0].up.scales.dtype == made(IDS).dtype == torch.bfloat16
+    assert 0 < (made(IDS).float() - expected).norm() / expected.norm() < 0.12
+
+
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
