@@ -38,8 +38,8 @@ def examine(purpose: str | None = None) -> tuple[str, list[Finding]]:
     if purpose is not None and purpose not in PURPOSES:
         raise ValueError(f"--for {purpose!r} is not one of {', '.join(PURPOSES)}")
     gpu, gpu_findings = _gpu()
-    findings = [*gpu_findings, _torch(gpu), *_compilers(), *_packages(), *_tables(gpu), _recordings(), _cache()]
-    findings += _variables()
+    findings = [*gpu_findings, _torch(gpu), _launcher(), *_compilers(), *_packages(), *_tables(gpu)]
+    findings += [_recordings(), _cache(), *_variables()]
     return purpose or ("tune" if gpu else "replay"), findings
 
 
@@ -57,6 +57,20 @@ def _torch(gpu: Gpu | None) -> Finding:
         fix = "install a CUDA build of torch to use a GPU"
         return Finding("torch", not gpu, f"{torch.__version__}, CPU build", fix, ("serve", "tune"))
     return Finding("torch", True, f"{torch.__version__}, built for CUDA {torch.version.cuda}")
+
+
+def _launcher() -> Finding:
+    """Which launcher calls on a GPU would use. Builds and loads nothing."""
+    from marlin_gen import native_build
+
+    if env.launcher() == "python" or env.dependent_launches():
+        return Finding("launcher", True, "Python, as MARLIN_GEN_LAUNCHER or MARLIN_GEN_DEPENDENT asks")
+    if found := native_build.candidates():
+        return Finding("launcher", True, f"native, {found[0]}")
+    if compiler := native_build.compiler():
+        return Finding("launcher", True, f"native, to be built by {compiler} on the first call")
+    fix = "install a C++ compiler, or a wheel built where there was one, for shorter calls"
+    return Finding("launcher", False, f"Python: no C++ compiler of {', '.join(native_build.COMPILERS)}", fix)
 
 
 def _gpu() -> tuple[Gpu | None, list[Finding]]:

@@ -115,11 +115,20 @@ def resident_clusters(function: Function, threads: int, smem_bytes: int, cluster
     return num_sms * int(call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function.handle, threads, smem_bytes))
 
 
-def tensor_map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> Any:
-    """A CUtensorMap of a row-major fp16 matrix, read or written in boxes of (rows, columns), 128-byte swizzle.
+def bind_context(device_index: int) -> None:
+    """Give the calling thread the device's primary context, torch's, unless it has one.
 
-    ``pointer`` is 16-byte aligned, ``columns`` a multiple of 8, a box row 128 bytes. The encoded 128 bytes are at
-    ``.getPtr()``.
+    A thread has none until something in it calls the CUDA runtime, which torch's allocator need not.
+    """
+    if not int(call("cuCtxGetCurrent")):
+        call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device_index)))
+
+
+def tensor_map(pointer: int, rows: int, columns: int, box: tuple[int, int], row_stride: int | None = None) -> Any:
+    """A CUtensorMap of a row-major 16-bit matrix, read or written in boxes of (rows, columns), 128-byte swizzle.
+
+    ``pointer`` is 16-byte aligned, ``columns`` and ``row_stride`` (``columns`` when None) are multiples of 8, a box row
+    is 128 bytes. The encoded 128 bytes are at ``.getPtr()``.
     """
     d = _driver()
     return call(
@@ -128,7 +137,7 @@ def tensor_map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> A
         2,
         pointer,
         [d.cuuint64_t(columns), d.cuuint64_t(rows)],
-        [d.cuuint64_t(columns * 2)],
+        [d.cuuint64_t((row_stride or columns) * 2)],
         [d.cuuint32_t(box[1]), d.cuuint32_t(box[0])],
         [d.cuuint32_t(1), d.cuuint32_t(1)],
         d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

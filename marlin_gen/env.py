@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMPILERS = ("auto", "nvcc", "nvrtc")
+LAUNCHERS = ("auto", "native", "python")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -36,6 +37,7 @@ VARIABLES = {
         Variable("MARLIN_GEN_OVERRIDE_DIR", "folder", "none", "a hand-edited <spec>.cu here wins over the template"),
         Variable("MARLIN_GEN_DUMP_DIR", "folder", "none", "copy every compiled kernel here, with source and report"),
         Variable("MARLIN_GEN_DEPENDENT", "0|1", "0", "start kernels while the one before still runs (sm_90 on)"),
+        Variable("MARLIN_GEN_LAUNCHER", "|".join(LAUNCHERS), "auto", "who launches: C++ if it can be built, or Python"),
         Variable("MARLIN_GEN_LINEINFO", "0|1", "0", "compile with line numbers, for profilers"),
         Variable("MARLIN_GEN_LOG", "|".join(LOG_LEVELS), "warning", "how much the library logs"),
     )
@@ -120,6 +122,11 @@ def dependent_launches() -> bool:
     return _flag("MARLIN_GEN_DEPENDENT", "0")
 
 
+def launcher() -> str:
+    """One of ``LAUNCHERS``."""
+    return _choice("MARLIN_GEN_LAUNCHER", LAUNCHERS, "auto")
+
+
 def _flag(name: str, default: str) -> bool:
     return _choice(name, ("0", "1", "false", "true", "no", "yes"), default) in ("1", "true", "yes")
 
@@ -155,6 +162,11 @@ def templates_dir() -> Path:
 def tuned_dir() -> Path:
     """The folder of the shipped dispatch tables, one folder per GPU."""
     return _resource("tuned")
+
+
+def native_dir() -> Path:
+    """The folder of the native launcher's sources, and of the library where it came built."""
+    return Path(__file__).resolve().parent / "csrc"
 
 
 def _resource(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from marlin_gen.settled import Settled
 
 __all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
 
+_MIN_LOCKS = 4096  # words of a stream's buffer: more than any kernel of today's GPUs needs
 _MAX_SHAPES = 4096  # launch shapes remembered per kernel: one per (plan, problem) seen
 
 
@@ -72,6 +74,7 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._locks: dict[int, torch.Tensor] = {}  # by stream
+        self._outgrown: list[torch.Tensor] = []  # kept: the native launcher may have read their addresses
 
     def take(self, shape: LaunchShape, stream: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Partials and locks for a launch on ``stream``, the current stream; (None, None) where none are needed.
@@ -85,8 +88,15 @@ class Workspace:
             return partials, torch.zeros(shape.num_locks, dtype=torch.int32, device=self._device)
         locks = self._locks.get(stream)
         if locks is None or locks.numel() < shape.num_locks:
-            locks = self._locks[stream] = torch.zeros(shape.num_locks, dtype=torch.int32, device=self._device)
+            if locks is not None:
+                self._outgrown.append(locks)
+            words = max(shape.num_locks, _MIN_LOCKS)
+            locks = self._locks[stream] = torch.zeros(words, dtype=torch.int32, device=self._device)
         return partials, locks
+
+    def shared_locks(self, stream: int) -> torch.Tensor | None:
+        """The words that eager calls on ``stream`` share; None before the first striped one."""
+        return self._locks.get(stream)
 
 
 class Launcher:
@@ -98,6 +108,7 @@ class Launcher:
         self.workspace = Workspace(torch.device("cuda", device_index))
         self.can_depend = self.gpu.arch.has_tma and env.dependent_launches()
         self._settled = Settled()
+        self._thread = threading.local()
         torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
 
     @classmethod
@@ -126,8 +137,12 @@ class Launcher:
     ) -> None:  # fmt: skip
         """``out [m, n] = a [m, k] @ B^T + bias [n]`` on the current stream; tensors contiguous, 16-byte aligned, on it.
 
-        The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
+        The rows of ``a`` may be apart by more than k elements, in units of 8: a kernel that cannot read them so gets a
+        copy. The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
         """
+        if not getattr(self._thread, "has_context", False):
+            driver.bind_context(self.device_index)
+            self._thread.has_context = True
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
         dependent = self.can_depend and self._settled(weight, scales)
@@ -145,6 +160,10 @@ class Launcher:
         kernel must not be the one that writes them.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
+        if bias is not None and "bias" not in shape.operands:
+            raise LaunchError(f"{kernel.spec.key} takes no bias")
+        if "a" in shape.operands:
+            a = a.contiguous()
         pointers: dict[str, Any] = {
             "a": a, "c": out, "weight": weight, "scales": scales, "bias": bias,
             "partials": partials, "locks": locks,
@@ -155,8 +174,9 @@ class Launcher:
             if mapped := shape.map_of(operand):
                 if mapped not in maps:
                     matrix, box = mapped
-                    columns = problem.k if matrix == "a" else problem.n
-                    maps[mapped] = driver.tensor_map(pointers[matrix].data_ptr(), problem.m, columns, box)
+                    of = a if matrix == "a" else out
+                    row_stride = of.stride(0) if problem.m > 1 else of.shape[1]
+                    maps[mapped] = driver.tensor_map(of.data_ptr(), problem.m, of.shape[1], box, row_stride)
                 arguments.append(maps[mapped])
             else:
                 tensor = pointers[operand]

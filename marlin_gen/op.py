@@ -27,6 +27,15 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     " int layout_version=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
+# trace, and what that calls when it does not know how to go on. ``format`` is an index of FORMATS, in this process.
+for _name in ("gemm_no_grad", "gemm_slow"):
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"{_name}(Tensor a, Tensor weight, Tensor scales, Tensor? bias, int format) -> Tensor"
+    )
+
+_FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
+_direct: Any = None  # cuda_op.direct(), as soon as an op has run on CUDA
 
 
 def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,8 +45,28 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
     """
-    c: torch.Tensor = torch.ops.marlin_gen.gemm.default(
-        a, packed.weight, packed.scales, bias, packed.weight_format, packed.layout_version
+    scales = packed.scales
+    # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
+    if (
+        not torch.compiler.is_compiling()
+        and _direct is not None
+        and a.is_cuda
+        and packed.layout_version == LAYOUT_VERSION
+        and (code := _FORMAT_CODES.get(packed.weight_format)) is not None
+        and not (
+            torch.is_grad_enabled()
+            and (a.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad))
+        )
+    ):
+        try:
+            c: torch.Tensor = _direct(a, packed.weight, scales, bias, code)
+            return c
+        except RuntimeError as error:
+            from marlin_gen.cuda_op import raised
+
+            raise raised(error) from None
+    c = torch.ops.marlin_gen.gemm.default(
+        a, packed.weight, scales, bias, packed.weight_format, packed.layout_version
     )
     return c
 
@@ -104,21 +133,19 @@ def _cuda(
     weight_format: str = "u4b8g128",
     layout_version: int = 1,
 ) -> torch.Tensor:
-    from marlin_gen.serve import Server
+    global _direct
+    from marlin_gen import cuda_op
 
-    n, k = check_operands(a, weight, scales, bias, weight_format, layout_version)
-    out = torch.empty((*a.shape[:-1], n), dtype=a.dtype, device=a.device)
-    if out.numel():
-        a_2d = a.reshape(-1, k).contiguous()
-        if a_2d.data_ptr() % ALIGNMENT:
-            a_2d = a_2d.clone()
-        if weight.data_ptr() % ALIGNMENT or scales.data_ptr() % ALIGNMENT:
-            raise ValueError(
-                f"weight and scales must be {ALIGNMENT}-byte aligned; clone the tensors once after loading"
-            )
-        bias = None if bias is None else bias.contiguous()
-        Server.of(a.device).gemm(a_2d, weight, scales, bias, out.view(-1, n), weight_format, ACT_DTYPES[a.dtype])
-    return out
+    _direct = cuda_op.direct()
+    return cuda_op.gemm(a, weight, scales, bias, weight_format, layout_version)
+
+
+def _slow(
+    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, format: int
+) -> torch.Tensor:
+    from marlin_gen import cuda_op
+
+    return cuda_op.slow(a, weight, scales, bias, format)
 
 
 def _cpu(
@@ -149,6 +176,12 @@ def _fake(
     return a.new_empty((*a.shape[:-1], n))
 
 
+def _fake_no_grad(
+    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, format: int
+) -> torch.Tensor:
+    return _fake(a, weight, scales, bias, list(FORMATS)[format])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, scales, _, ctx.weight_format, ctx.layout_version = inputs
     ctx.save_for_backward(weight, scales)
@@ -166,12 +199,16 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
         grad_a = grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype)
-    if ctx.needs_input_grad[3:4] == (True,):  # arguments that were left out have no place in it
-        grad_bias = grad.sum(dim=tuple(range(grad.ndim - 1)))
+    if any(ctx.needs_input_grad[3:4]):  # the dispatcher drops arguments that are their defaults
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_a, None, None, grad_bias, None, None
 
 
 _LIBRARY.impl("gemm", _cuda, "CUDA")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("gemm", _cpu, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("gemm_slow", _slow, "CUDA")  # type: ignore[no-untyped-call]
+for _name in ("gemm_no_grad", "gemm_slow"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("marlin_gen::gemm", _fake, lib=_LIBRARY)
+torch.library.register_fake("marlin_gen::gemm_no_grad", _fake_no_grad, lib=_LIBRARY)
 torch.library.register_autograd("marlin_gen::gemm", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -7,6 +7,7 @@ resort, which needs no kernel at all, is to dequantise the weight and call cuBLA
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from functools import cache
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from marlin_gen import native
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
 from marlin_gen.launch import Kernel, Launcher, LaunchError
@@ -52,12 +54,28 @@ class Server:
         self._kernels: dict[str, Kernel | None] = {}  # by spec key; None: cannot be had
         self._failed: set[tuple[Key, Plan]] = set()  # loaded, but the driver refused to launch them
         self._can_compile = True
+        self._pid = os.getpid()
+        self._native: native.Native | None = None
         self._lock = threading.Lock()
 
     @classmethod
     def of(cls, device: torch.device) -> Server:
-        """The device's server, made on first use. Raises ValueError for a GPU that no kernel can run on."""
-        return _server(device.index if device.index is not None else torch.cuda.current_device())
+        """The device's server, made on first use.
+
+        Raises ValueError for a GPU that no kernel can run on, and RuntimeError in a child of the process that made it.
+        """
+        server = _server(device.index if device.index is not None else torch.cuda.current_device())
+        if server._pid != os.getpid():
+            raise RuntimeError(
+                "marlin_gen.gemm was called on CUDA before this process was forked, and CUDA does not survive a fork;"
+                " start processes with multiprocessing.set_start_method('spawn'), or fork before the first call"
+            )
+        return server
+
+    def launch_natively(self, launcher: native.Native) -> None:
+        """From now on tell ``launcher`` how to launch what has been launched once."""
+        launcher.clear_steps(self.device_index)
+        self._native = launcher
 
     def gemm(
         self,
@@ -69,7 +87,7 @@ class Server:
         weight_format: str,
         act_dtype: str,
     ) -> None:
-        """Write ``a [m, k] @ B^T + bias`` into ``out [m, n]``, both contiguous, 16-byte aligned and with m > 0."""
+        """Write ``a [m, k] @ B^T + bias`` into ``out [m, n]``: what ``Launcher.run`` takes, with m > 0."""
         problem = (out.shape[1], a.shape[1], a.shape[0], weight_format, act_dtype)
         if torch.cuda.current_device() == self.device_index:  # the context manager costs as much as a launch
             self._run(problem, a, weight, scales, bias, out)
@@ -86,11 +104,31 @@ class Server:
             if step.choice is None or step.kernel is None:
                 return dequantized_matmul(a, PackedWeight(weight, scales, step.problem.weight_format), bias, out)
             try:
-                return self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out, bias)
+                self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out, bias)
             except LaunchError as error:
                 _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
                 self._failed.add((key, step.choice.plan))
                 self._steps.pop(key, None)
+                self.forget_native()
+                continue
+            if self._native and not self.launcher.can_depend:
+                self._tell_native(self._native, step.problem, step.choice.plan, step.kernel)
+            return
+
+    def _tell_native(self, launcher: native.Native, problem: Problem, plan: Plan, kernel: Kernel) -> None:
+        """This problem's launch, and the current stream's locks where it needs them."""
+        shape, _ = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
+        if shape.num_locks:
+            stream = torch.cuda.current_stream(self.device_index).cuda_stream
+            locks = self.launcher.workspace.shared_locks(stream)
+            if locks is not None:  # else it is being captured
+                launcher.put_locks(self.device_index, stream, locks.data_ptr(), locks.numel())
+        launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape)
+
+    def forget_native(self) -> None:
+        """Let every problem's next call come by here."""
+        if self._native:
+            self._native.clear_steps(self.device_index)
 
     def choice(self, problem: Problem) -> Choice | None:
         """What serves ``problem``, for people and tests; None: dequantise and call cuBLAS."""
@@ -105,6 +143,7 @@ class Server:
         with self._lock:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
+                self.forget_native()
             step = self._steps[key] = self._first_that_loads(key)
         return step
 
@@ -171,7 +210,10 @@ class Server:
 @cache
 def _server(device_index: int) -> Server:
     launcher = Launcher.for_device(device_index)
-    return Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
+    server = Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
+    if found := native.library():
+        server.launch_natively(found)
+    return server
 
 
 def dequantized_matmul(

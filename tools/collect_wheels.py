@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -58,18 +59,19 @@ def target_options(python: str, machine: str, glibc: str) -> list[str]:
     return words + [f"--abi={name}" for name in (abi, "abi3", "none")] + [f"--platform={tag}" for tag in tags]
 
 
-def pip(*words: str) -> str:
+def pip(*words: str, **environment: str) -> str:
     """Run this interpreter's pip; its output is shown as it comes. Ends the program with pip's own message."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     if done.returncode:
         sys.exit(f"{done.stdout}pip {words[0]} failed; what it said is above")
     return done.stdout
 
 
-def build_wheel(out: Path) -> Path:
-    """marlin_gen's own wheel, from this checkout."""
-    pip("wheel", "-q", "--no-deps", "--wheel-dir", str(out), str(ROOT))
+def build_wheel(out: Path, machine: str) -> Path:
+    """marlin_gen's own wheel, from this checkout. For another kind of machine its launcher comes as sources only."""
+    without = {} if machine == platform.machine() else {"HATCH_BUILD_NO_HOOKS": "true"}
+    pip("wheel", "-q", "--no-deps", "--wheel-dir", str(out), str(ROOT), **without)
     return max(out.glob("marlin_gen-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
@@ -97,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parse_arguments(words)
     options.out.mkdir(parents=True, exist_ok=True)
     extras = [extra.strip() for extra in options.extras.split(",") if extra.strip()]
-    wheel = build_wheel(options.out)
+    wheel = build_wheel(options.out, options.platform)
     wanted = requirements(wheel, extras)
     if options.without_torch:
         wanted = [line for line in wanted if not re.match(r"torch\b", line)]

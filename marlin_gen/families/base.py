@@ -46,7 +46,7 @@ class LaunchShape:
 
 
 # Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the others
-# device pointers.
+# device pointers; "bias" is null where there is none.
 OPERANDS = ("a_map", "a_tail_map", "c_map", "a", "c", "weight", "scales", "bias", "partials", "locks")
 
 

@@ -65,6 +65,20 @@ def test_a_cache_that_cannot_be_written_is_found(tmp_path, monkeypatch):
     assert not cache.ok and "MARLIN_GEN_CACHE_DIR" in cache.fix
 
 
+def test_the_launcher_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor.env, "native_dir", lambda: tmp_path)
+    monkeypatch.setattr(doctor.env, "which", lambda name: tmp_path / name if name == "g++" else None)
+    assert by_name(examine()[1])["launcher"].found == f"native, to be built by {tmp_path / 'g++'} on the first call"
+    monkeypatch.setattr(doctor.env, "which", lambda name: None)
+    launcher = by_name(examine("serve")[1])["launcher"]
+    assert not launcher.ok and "C++ compiler" in launcher.fix and launcher not in broken("serve", examine("serve")[1])
+    (tmp_path / "libmarlin_gen.so").touch()
+    assert by_name(examine()[1])["launcher"].found == f"native, {tmp_path / 'libmarlin_gen.so'}"
+    monkeypatch.setenv("MARLIN_GEN_LAUNCHER", "python")
+    assert by_name(examine()[1])["launcher"].found.startswith("Python, as MARLIN_GEN_LAUNCHER")
+
+
 def test_set_variables_are_listed(monkeypatch):
     monkeypatch.setenv("MARLIN_GEN_LINEINFO", "1")
     assert by_name(examine()[1])["MARLIN_GEN_LINEINFO"].found == "1"

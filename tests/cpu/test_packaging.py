@@ -13,7 +13,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import fake_gpu
 import pytest
+from fake_gpu import needs_compiler
 
 import marlin_gen
 
@@ -59,6 +61,36 @@ def test_an_unpacked_wheel_finds_its_own_templates(wheel, tmp_path):
     code = "from marlin_gen import env; print(env.templates_dir()); print(env.tuned_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path / "marlin_gen" / name) for name in ("_templates", "_tuned")]
+
+
+@needs_compiler
+def test_the_wheel_brings_the_launcher_built_and_its_sources(wheel):
+    names = set(wheel.namelist())
+    assert {f"marlin_gen/csrc/{Path(name).name}" for name in committed("marlin_gen/csrc")} <= names
+    assert "marlin_gen/csrc/libmarlin_gen.so" in names
+    assert re.fullmatch(r".*-py3-none-linux_\w+\.whl", wheel.filename), "of every Python, of this platform"
+
+
+def test_a_wheel_for_another_kind_of_machine_has_the_sources_alone(tmp_path):
+    path = load_tool("collect_wheels").build_wheel(tmp_path, "some other machine")
+    assert path.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert "marlin_gen/csrc/gemm.cpp" in names and not [name for name in names if name.endswith(".so")]
+
+
+@needs_compiler
+def test_an_unpacked_wheel_launches_natively_without_a_compiler(wheel, tmp_path):
+    """On a driver that only records: the library is the wheel's, and nothing is built."""
+    wheel.extractall(tmp_path)
+    fake_gpu.build(tmp_path)
+    code = "import torch; from marlin_gen import native; print(native.library().path)"
+    cache = tmp_path / "cache"
+    environment = {"PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "MARLIN_GEN_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "marlin_gen" / "csrc" / "libmarlin_gen.so")
+    assert not cache.exists()
 
 
 def test_without_the_tune_extra_the_command_says_how_to_get_it():
@@ -260,8 +292,9 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
     ):
         tiny_wheel(index, name, version, tag)
 
-    def copied(folder: Path) -> Path:
-        return Path(shutil.copy(wheel.filename, folder))
+    def copied(folder: Path, machine: str) -> Path:
+        """As if built without the launcher, whose tag is this machine's."""
+        return Path(shutil.copy(wheel.filename, folder / "marlin_gen-0.1.0-py3-none-any.whl"))
 
     monkeypatch.setattr(tool, "build_wheel", copied)
     words = ["--out", str(out), "--python", "3.12", "--platform", "aarch64", "--extras", "hf"]

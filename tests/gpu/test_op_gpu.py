@@ -217,8 +217,11 @@ def test_streams_at_once_do_not_disturb_each_other():
 
 def test_a_weight_changed_in_place_is_the_one_that_is_read(monkeypatch):
     """Dependent launches read weights ahead of the kernel before: not those that this one writes."""
+    from marlin_gen.serve import Server
+
     launcher = Launcher.for_device(torch.cuda.current_device())
     monkeypatch.setattr(launcher, "can_depend", launcher.gpu.arch.has_tma)
+    Server.of(torch.device("cuda")).forget_native()  # which launches plainly
     packs = [marlin_gen.pack(*weight(4096, 4096)[:2]), marlin_gen.pack(*(t.flip(0) for t in weight(4096, 4096)[:2]))]
     a = activations(8, 4096)
     expected = [marlin_gen.gemm(a, packed) for packed in packs]
