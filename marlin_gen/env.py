@@ -166,7 +166,7 @@ def tuned_dir() -> Path:
 
 def native_dir() -> Path:
     """The folder of the native launcher's sources, and of the library where it came built."""
-    return _resource("native")
+    return Path(__file__).resolve().parent / "csrc"
 
 
 def _resource(name: str) -> Path:

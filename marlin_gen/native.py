@@ -1,6 +1,6 @@
 """The native launcher, as Python sees it: load the library, tell it of formats, steps and locks.
 
-``native/*.cpp`` looks a problem up, checks operands, allocates, makes tensor maps and launches, without the GIL. What
+``csrc/*.cpp`` looks a problem up, checks operands, allocates, makes tensor maps and launches, without the GIL. What
 it does not know it hands to ``marlin_gen::gemm_slow``, which is ``cuda_op.py``'s; that tells it how to launch such a
 problem next time (``Native.put_step``). Without a C++ compiler, with MARLIN_GEN_LAUNCHER=python, and when launches are
 dependent (a weight may be read early once it has settled, which Python knows: settled.py), all of it is done in Python.
@@ -28,13 +28,13 @@ _LOCK = threading.Lock()
 
 
 class FormatRecord(ctypes.Structure):
-    """``Format`` in native/gemm.h."""
+    """``Format`` in csrc/gemm.h."""
 
     _fields_ = (("group_size", ctypes.c_int32), ("scale_values", ctypes.c_int32), ("words_per_tile", ctypes.c_int32))
 
 
 class KeyRecord(ctypes.Structure):
-    """``ProblemKey`` in native/steps.h."""
+    """``ProblemKey`` in csrc/steps.h."""
 
     _fields_ = (
         ("n", ctypes.c_int32), ("k", ctypes.c_int32), ("m", ctypes.c_int32),
@@ -43,7 +43,7 @@ class KeyRecord(ctypes.Structure):
 
 
 class StepRecord(ctypes.Structure):
-    """``Step`` in native/steps.h."""
+    """``Step`` in csrc/steps.h."""
 
     _fields_ = (
         ("function", ctypes.c_void_p), ("partials_bytes", ctypes.c_int64),

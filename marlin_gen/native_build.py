@@ -1,6 +1,6 @@
-"""Builds ``native/*.cpp``, the op's hot path, with a host C++ compiler: neither CUDA nor torch is needed to build it.
+"""Builds ``csrc/*.cpp``, the op's hot path, with a host C++ compiler: neither CUDA nor torch is needed to build it.
 
-A wheel brings the library built (``hatch_build.py``). A checkout builds it once, on the first call on a GPU, into
+A wheel brings the library built (``tools/hatch_build.py``). A checkout builds it once, on the first call on a GPU, into
 ``<cache>/native/<digest>/``; ``python -m marlin_gen.native_build`` puts it into ``build/`` there, to be carried to a
 machine without a compiler. It is known by the digest of sources and flags, which it also says itself: one that is older
 than its sources is not used.
@@ -89,7 +89,7 @@ def candidates() -> list[Path]:
 
 def carried(folder: Path) -> Path:
     """Where a checkout's library lies when it was asked for: what is in ``folder`` itself goes into every wheel."""
-    return folder.parent / "build" / LIBRARY
+    return folder.parents[1] / "build" / LIBRARY
 
 
 def build_cached() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from marlin_gen import whole_files
 from marlin_gen.dispatch import tables_below
-from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
 from marlin_gen.table_file import MAX_CUBIN_BYTES, MAX_TABLE_BYTES
 
 SUFFIX = ".zip"
@@ -75,6 +76,20 @@ def opened(path: Path) -> Iterator[list[DispatchTable]]:
     with tempfile.TemporaryDirectory(prefix="marlin_gen-tables-") as folder:
         _unpack(path, Path(folder))
         yield _some(tables_below(Path(folder), schemas=EARLIER_SCHEMAS), path)
+
+
+@contextmanager
+def held(table: DispatchTable) -> Iterator[DispatchTable]:
+    """The table as it lies in its folder now, which no other process changes meanwhile: a tune may be writing there.
+
+    A TimeoutError when a writer keeps the folder's lock.
+    """
+    assert table.folder
+    with whole_files.locked(table.folder, shared=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TableWarning)  # it was said when the table was first read
+            now = DispatchTable.load(table.folder, schemas=EARLIER_SCHEMAS)
+        yield now or table
 
 
 def _some(tables: list[DispatchTable], path: Path) -> list[DispatchTable]:

@@ -13,7 +13,7 @@ from marlin_gen import env
 from marlin_gen.cli.console import note, out, print_json, table, us
 from marlin_gen.problem import Problem
 from marlin_gen.table import PREFERENCES, DispatchTable, publish
-from marlin_gen.table_archive import opened
+from marlin_gen.table_archive import held, opened
 from marlin_gen.table_diff import TableDiff
 from marlin_gen.table_diff import diff as difference
 
@@ -78,18 +78,24 @@ def _take_in(source: Path, folder: Path, prefer: str) -> list[Taken]:
     done = []
     with opened(source) as tables:
         for found in tables:
-            whole = found.intact()
             target = folder / found.gpu.slug
-            old = DispatchTable.load(target)
-            before = {row.problem: row for row in old.rows} if old else {}
-            now = publish(target, whole, prefer=prefer)
-            rows = {row.problem: row for row in now.rows}
-            both = [row for row in whole.rows if row.problem in before]
-            replaced = sum(rows[row.problem] == row for row in both)
-            added = len(whole.rows) - len(both)
-            lost = len(found.rows) - len(whole.rows)
-            done.append(Taken(str(target), added, replaced, len(both) - replaced, lost, len(now.kernels)))
+            if found.folder and target.resolve() == found.folder.resolve():
+                raise ValueError(f"{source} is the folder to write to; name another one")
+            with held(found) as now:
+                done.append(_publish(now, target, prefer))
     return done
+
+
+def _publish(found: DispatchTable, target: Path, prefer: str) -> Taken:
+    whole = found.intact()
+    old = DispatchTable.load(target)
+    before = {row.problem for row in old.rows} if old else set()
+    now = publish(target, whole, prefer=prefer)
+    rows = {row.problem: row for row in now.rows}
+    both = [row for row in whole.rows if row.problem in before]
+    replaced = sum(rows[row.problem] == row for row in both)
+    lost = len(found.rows) - len(whole.rows)
+    return Taken(str(target), len(whole.rows) - len(both), replaced, len(both) - replaced, lost, len(now.kernels))
 
 
 def _finish(done: Sequence[Taken], json: bool) -> None:

@@ -237,6 +237,7 @@ def test_verify_reports_drift_and_damage(home, capsys):
         (["import", "nowhere.zip"], "no such file: nowhere.zip"),
         (["verify", "--device", "replay:h100", "--rows", "0"], "--rows 0"),
         (["diff", "nowhere", "nowhere"], "no such file: nowhere"),
+        (["import", str(env.tuned_dir()), "--to", str(env.tuned_dir())], "is the folder to write to"),
     ],
 )
 def test_errors_are_one_line_and_name_the_value(words, message, capsys):

@@ -18,7 +18,7 @@ from marlin_gen import env, native, native_build
 from marlin_gen.families.base import OPERANDS, LaunchShape
 
 ROOT = Path(__file__).resolve().parents[2]
-NATIVE = ROOT / "native"
+NATIVE = ROOT / "marlin_gen/csrc"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 
 pytestmark = fake_gpu.needs_compiler
@@ -162,7 +162,7 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path):
 
 
 def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
-    folder = tmp_path / "native"
+    folder = tmp_path / "marlin_gen" / "csrc"
     shutil.copytree(NATIVE, folder, ignore=shutil.ignore_patterns("*.so"))
     output = native_build.build(folder, native_build.carried(folder))
     assert output.stat().st_mode & 0o111

@@ -66,8 +66,8 @@ def test_an_unpacked_wheel_finds_its_own_templates(wheel, tmp_path):
 @needs_compiler
 def test_the_wheel_brings_the_launcher_built_and_its_sources(wheel):
     names = set(wheel.namelist())
-    assert {f"marlin_gen/_native/{Path(name).name}" for name in committed("native")} <= names
-    assert "marlin_gen/_native/libmarlin_gen.so" in names
+    assert {f"marlin_gen/csrc/{Path(name).name}" for name in committed("marlin_gen/csrc")} <= names
+    assert "marlin_gen/csrc/libmarlin_gen.so" in names
     assert re.fullmatch(r".*-py3-none-linux_\w+\.whl", wheel.filename), "of every Python, of this platform"
 
 
@@ -75,7 +75,7 @@ def test_a_wheel_for_another_kind_of_machine_has_the_sources_alone(tmp_path):
     path = load_tool("collect_wheels").build_wheel(tmp_path, "some other machine")
     assert path.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(path).namelist()
-    assert "marlin_gen/_native/gemm.cpp" in names and not [name for name in names if name.endswith(".so")]
+    assert "marlin_gen/csrc/gemm.cpp" in names and not [name for name in names if name.endswith(".so")]
 
 
 @needs_compiler
@@ -89,7 +89,7 @@ def test_an_unpacked_wheel_launches_natively_without_a_compiler(wheel, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == str(tmp_path / "marlin_gen" / "_native" / "libmarlin_gen.so")
+    assert done.stdout.strip() == str(tmp_path / "marlin_gen" / "csrc" / "libmarlin_gen.so")
     assert not cache.exists()
 
 

@@ -23,6 +23,7 @@ from tables import H100, mma, row, wgmma
 
 from marlin_gen import subset, table_archive, whole_files
 from marlin_gen.arch import Gpu
+from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, digest, tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.record import load_recording
@@ -371,10 +372,17 @@ def _load(folder: Path, stop: Path, faults: Path) -> None:
             faults.write_text(f"after {loads} loads: {error!r}")
 
 
+def _copy(folder: Path, target: Path, stop: Path, faults: Path) -> None:
+    """Imports from the folder that others write to. A row or kernel that is not whole is a fault."""
+    while not stop.exists():
+        if (folder / H100.slug / FILE_NAME).exists() and main(["import", str(folder), "--to", str(target), "--json"]):
+            faults.write_text("an import from a folder in use left rows out")
+
+
 def test_processes_that_tune_import_and_load_at_once_lose_nothing(tmp_path):
     folder = tmp_path / "tuned"
     stop, faults = tmp_path / "stop", tmp_path / "faults"
-    tuned = [64 * i for i in range(1, 16)]
+    tuned = [64 * i for i in range(1, 41)]
     archives, imported = [], []
     for i in range(15):
         n = 64 * (100 + i)
@@ -383,7 +391,10 @@ def test_processes_that_tune_import_and_load_at_once_lose_nothing(tmp_path):
         table_archive.write_archive(archives[-1], [made])
         imported.append(n)
     context = get_context("fork")
-    readers = [context.Process(target=_load, args=(folder, stop, faults)) for _ in range(2)]
+    readers = [
+        context.Process(target=_load, args=(folder, stop, faults)),
+        context.Process(target=_copy, args=(folder, tmp_path / "copy", stop, faults)),
+    ]
     writers = [
         context.Process(target=_tune, args=(folder / H100.slug, tmp_path / "scratch", tuned)),
         context.Process(target=_import, args=(folder, archives[::2])),
@@ -393,15 +404,16 @@ def test_processes_that_tune_import_and_load_at_once_lose_nothing(tmp_path):
         process.start()
     for process in writers:
         process.join(60)
-        assert process.exitcode == 0
     stop.touch()
     for process in readers:
         process.join(60)
-        assert process.exitcode == 0
+    assert [process.exitcode for process in (*writers, *readers)] == [0] * 5
     assert not faults.exists(), faults.read_text()
     (found,) = tables_below(folder)
     assert [r.problem.n for r in found.rows] == sorted(tuned + imported)
     assert found.intact() == found
+    (copied,) = tables_below(tmp_path / "copy")
+    assert copied.intact() == copied and {r.problem for r in copied.rows} <= {r.problem for r in found.rows}
 
 
 def _publish_for_ever(folder: Path, scratch: Path) -> None:

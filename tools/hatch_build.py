@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-TARGET = "marlin_gen/_native"
+TARGET = "marlin_gen/csrc"
 
 
 class LauncherHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -22,7 +22,7 @@ class LauncherHook(BuildHookInterface):  # type: ignore[type-arg]
         sys.path.insert(0, str(root))
         from marlin_gen import native_build
 
-        folder = root / "native"
+        folder = root / TARGET
         try:
             built = native_build.build(folder, Path(self.directory) / f".{native_build.LIBRARY}")
         except native_build.BuildError as error:
