@@ -14,6 +14,7 @@ import csv
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def milliseconds(call: Callable[[], None], count: int) -> list[float]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 @torch.inference_mode()

@@ -67,6 +67,10 @@ def variants(n: int, k: int, m: int) -> dict[str, Variant]:
         found["torch.ops.marlin_gen.gemm, native launcher"] = (
             lambda: torch.ops.marlin_gen.gemm.default(*operands), contextlib.nullcontext
         )  # fmt: skip
+        linear = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.float16).requires_grad_(False)
+        layer = marlin_gen.QuantLinear.from_packed(packed)
+        found["torch.nn.Linear"] = (lambda: linear(a), contextlib.nullcontext)
+        found["marlin_gen.QuantLinear, native launcher"] = (lambda: layer(a), contextlib.nullcontext)
     found["torch.empty of the output"] = (
         lambda: torch.empty(m, n, device="cuda", dtype=torch.float16), contextlib.nullcontext
     )  # fmt: skip

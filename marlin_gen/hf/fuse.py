@@ -1,4 +1,4 @@
-"""Projections of one input as one product: q, k and v, gate and up. Fewer, larger kernels, as serving engines run them."""
+"""Projections of one input as one product: q, k and v, gate and up. Fewer, larger kernels, as in serving engines."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FusedProjection(nn.Module):
         self.results: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = self.linear(x).split(self.sizes, dim=-1)
-        self.results = dict(enumerate(others, start=1))
-        return first
+        parts: list[torch.Tensor] = list(self.linear(x).split(self.sizes, dim=-1))
+        self.results = dict(enumerate(parts[1:], start=1))
+        return parts[0]
 
 
 class LaterProjection(nn.Module):
@@ -39,7 +39,8 @@ class LaterProjection(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found = self._fused[0].results.pop(self.index, None)
         if found is None or found.shape[:-1] != x.shape[:-1]:
-            raise RuntimeError(f"{self.name} is fused with the projection before it, which was not called with this input")
+            before = "the projection before it, which was not called with this input"
+            raise RuntimeError(f"{self.name} is fused with {before}")
         return found
 
 
@@ -83,6 +84,6 @@ def _joined(layers: Sequence[Any]) -> nn.Module | None:
         weight = torch.cat([layer.weight.detach() for layer in layers])
         joined = nn.Linear(first.in_features, len(weight), bias is not None, device="meta")
         joined.weight = nn.Parameter(weight, requires_grad=False)
-        joined.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        joined.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         return joined
     return None
