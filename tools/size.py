@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250, ".cpp": 250, ".h": 250}  # lines a file
-TOTAL = 18000  # lines of everything but tests: 12500 until transformers and export came, 16500 until the native launcher
+TOTAL = 18000  # lines of everything but tests: 12500 until transformers and export, 16500 until the native launcher
 
 
 def tracked() -> list[Path]:

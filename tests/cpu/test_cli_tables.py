@@ -126,7 +126,7 @@ def test_an_exported_archive_is_imported_and_used_before_the_shipped_table(shipp
     assert one["rows_added"] == len(shipped.rows) and one["kernels"] == told["kernels"] and not one["rows_damaged"]
     first, *others = find_tables()
     assert first.folder == Path(one["table"]) == env.user_data_dir() / "tuned" / shipped.gpu.slug
-    assert [found.folder for found in others] == [shipped.folder]
+    assert shipped.folder in [found.folder for found in others]
     again = said(capsys, "import", str(archive))
     assert again["tables"][0]["rows_replaced"] == len(shipped.rows)
     assert DispatchTable.load(first.folder) == first

@@ -1,0 +1,56 @@
+"""Fused projections: the unfused results bit for bit, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from marlin_gen import QuantLinear, quantize_model  # noqa: E402
+from marlin_gen.hf.fuse import fuse  # noqa: E402
+
+CONFIG = dict(
+    vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**CONFIG, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
+@torch.inference_mode()
+def test_a_fused_model_answers_as_before(is_quantized, bias):
+    made = model(attention_bias=bias)
+    if is_quantized:
+        quantize_model(made)
+    tokens = torch.randint(0, 128, (2, 9))
+    before = made(tokens).logits
+    assert len(fuse(made)) == 4
+    kind = QuantLinear if is_quantized else nn.Linear
+    linears = [name for name, layer in made.named_modules() if type(layer) is kind and name != "lm_head"]
+    assert len(linears) == 2 * 4, "qkv, o, gate_up and down of two layers"
+    after = made(tokens).logits
+    # Kernels of a product twice as wide may add up in another order where torch's do; ours do not.
+    assert torch.equal(after, before) if is_quantized else torch.allclose(after, before, atol=2e-3)
+    assert torch.equal(made(tokens).logits, after)
+
+
+def test_layers_that_differ_are_left_alone():
+    made = model()
+    quantize_model(made, skip=("lm_head", "k_proj"))
+    made.model.layers[0].mlp.up_proj = QuantLinear.from_float(nn.Linear(256, 512, bias=False).half(), "u4zg64")
+    assert fuse(made) == ["model.layers.1.mlp.gate_proj+up_proj"]
+
+
+def test_a_later_projection_alone_is_an_error():
+    made = model()
+    fuse(made)
+    with pytest.raises(RuntimeError, match="up_proj is fused with the projection before it, which was not called"):
+        made.model.layers[0].mlp.up_proj(torch.zeros(1, 256).half())
