@@ -301,6 +301,12 @@ def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
     assert all(cell.finals for cell in result.cells), "the finals are part of the budget"
 
 
+def test_a_budget_that_is_too_short_still_times_the_defaults(recording: Recording, tmp_path: Path) -> None:
+    result = run(recording, tmp_path, options=replace(OPTIONS, budget_s=1e-3))
+    assert result.stopped == "budget" and not result.unsolved
+    assert all(cell.winner.us for cell in result.cells)
+
+
 def test_gives_up_without_progress_and_when_the_space_is_exhausted(recording: Recording, tmp_path: Path) -> None:
     few = recording.configs()[:20]
     result = run(recording, tmp_path / "a", candidates=few)
