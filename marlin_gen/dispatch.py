@@ -45,10 +45,11 @@ MAX_NEAREST = 4  # candidates of step 3: each costs a load attempt when it fails
 
 
 class KernelLocation(NamedTuple):
-    """A prebuilt kernel, its hash already verified."""
+    """A kernel's file. ``sha256`` of one that a table ships, verified already and once more by whoever loads it."""
 
     cubin: Path
     symbol: str
+    sha256: str | None = None
 
 
 class Choice(NamedTuple):
@@ -152,7 +153,7 @@ class Dispatcher:
         """The first table's intact cubin of ``spec``."""
         for table in self.tables:
             if path := table.cubin(spec.key):
-                return KernelLocation(path, table.kernels[spec.key].symbol)
+                return KernelLocation(path, table.kernels[spec.key].symbol, table.kernels[spec.key].sha256)
         return None
 
 

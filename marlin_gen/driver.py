@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,12 +69,17 @@ class Function:
     module: Any
 
 
-def load(cubin: Path, symbol: str, smem_bytes: int) -> Function:
-    """Load a cubin into the current context and allow it ``smem_bytes`` of dynamic shared memory."""
+def load(cubin: Path, symbol: str, smem_bytes: int, sha256: str | None = None) -> Function:
+    """Load a cubin into the current context and allow it ``smem_bytes`` of dynamic shared memory.
+
+    With ``sha256``, in hex, only these very bytes: a file that changed since it was judged is a LaunchError.
+    """
     try:
         image = cubin.read_bytes()
     except OSError as error:
         raise LaunchError(f"cannot read {cubin.name}: {error.strerror}") from error
+    if sha256 is not None and hashlib.sha256(image).hexdigest() != sha256:
+        raise LaunchError(f"{cubin.name} is not what its table names (sha256 differs): it was changed a moment ago")
     module = call("cuModuleLoadData", image)
     function = call("cuModuleGetFunction", module, symbol.encode())
     limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

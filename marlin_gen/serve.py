@@ -172,7 +172,7 @@ class Server:
 
     def _loaded(self, location: KernelLocation, spec: KernelSpec) -> Kernel | None:
         try:
-            return self.launcher.load(location.cubin, location.symbol, spec)
+            return self.launcher.load(location.cubin, location.symbol, spec, location.sha256)
         except LaunchError as error:
             _warn(f"{location.cubin} does not load ({error}); using the next candidate. Compile or tune it again")
             return None

@@ -30,7 +30,7 @@ class Loader:
         self.refuse = refuse
         self.loaded: list[Path] = []
 
-    def load(self, cubin: Path, symbol: str, spec: KernelSpec) -> tuple[Path, str]:
+    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None) -> tuple[Path, str]:
         if self.refuse in spec.key:
             raise LaunchError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
         self.loaded.append(cubin)

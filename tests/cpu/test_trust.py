@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import H100, mma, row, wgmma
 
-from marlin_gen import subset, table_archive, whole_files
+from marlin_gen import driver, subset, table_archive, whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, digest, tables_below
@@ -168,6 +168,14 @@ def test_a_shipped_cubin_with_a_bit_turned_is_a_miss(tmp_path):
         (copy.folder / kernel.file).write_bytes(damaged)
         with pytest.warns(TableWarning, match="sha256 differs"):
             assert DispatchTable.load(copy.folder).cubin(key) is None, at
+
+
+def test_a_cubin_that_changes_after_it_was_judged_is_not_loaded(written):
+    """The bytes that go to the driver are hashed once more: they, and no others, are what the table names."""
+    kernel = next(choice.kernel for choice in Dispatcher(H100, [written]).choose(ASKED[0]) if choice.kernel)
+    kernel.cubin.write_bytes(kernel.cubin.read_bytes() + b"more")
+    with pytest.raises(driver.LaunchError, match=r"sha256 differs\): it was changed a moment ago"):
+        driver.load(kernel.cubin, kernel.symbol, 0, kernel.sha256)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "large", "loop"])
