@@ -165,10 +165,8 @@ def choose(problem: Problem, gpu: Gpu, tables: Sequence[DispatchTable]) -> Itera
 def known_winners(
     gpu: Gpu, tables: Sequence[DispatchTable], problems: Sequence[Problem], own: bool = True
 ) -> list[Plan]:
-    """The plans that tables have for these problems, to be tried early by a search.
-
-    From tables of this GPU (unless not ``own``) and of related ones; for numbers that they lack, of the default kind.
-    """
+    """The plans that tables have for these problems, to be tried early by a search: those of this GPU (unless not
+    ``own``) and of related ones; for numbers that they lack, of the default kind."""
     dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
     found: dict[Plan, None] = {}
     for problem in problems:

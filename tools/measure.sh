@@ -1,22 +1,23 @@
 #!/bin/sh
 # Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
 #   tools/measure.sh [FOLDER [STAGE...]]
-# Stages, in order: tune bench tests cliffs regret chain sustained results. About half an hour on 16 cores and an H100; a stage
-# can be run again by itself. What each file means is in the tool that writes it.
+# Stages, in order: tune bench tests cliffs regret chain sustained overhead model results. About half an hour on 16 cores and an
+# H100; a stage can be run again by itself. What each file means is in the tool that writes it. "model" needs the extra hf.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.
 tables=${1:-tuned}
 [ $# -gt 0 ] && shift
-stages=${*:-tune bench tests cliffs regret chain sustained results}
+all="tune bench tests cliffs regret chain sustained overhead model results"
+stages=${*:-$all}
 work="--model llama-3.1-8b --shapes 8192x8192,28672x8192"
 unseen=$(mktemp -d)
 trap 'rm -rf "$unseen"' EXIT
 
 for stage in $stages; do
   case $stage in
-    tune | bench | tests | cliffs | regret | chain | sustained | results) ;;
-    *) echo "unknown stage '$stage'; known: tune bench tests cliffs regret chain sustained results" >&2; exit 2 ;;
+    tune | bench | tests | cliffs | regret | chain | sustained | overhead | model | results) ;;
+    *) echo "unknown stage '$stage'; known: $all" >&2; exit 2 ;;
   esac
 done
 
@@ -36,6 +37,8 @@ for stage in $stages; do
       ;;
     chain) MARLIN_GEN_TABLE="$table" python3 tools/chain.py --out "$table/chain.csv" ;;
     sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 28672x4096 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
+    overhead) MARLIN_GEN_TABLE="$table" python3 tools/overhead.py --csv "$table/overhead.csv" ;;
+    model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --csv "$table/end_to_end.csv" ;;
     results) python3 tools/results_table.py ;;
   esac
 done
