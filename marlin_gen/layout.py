@@ -58,6 +58,8 @@ class PackedWeight:
     scales: torch.Tensor  # f16 or bf16, as activations: [n / 64, k / group_size, 64 or, with offsets, 128]
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
+    # int64 [k], of a weight in act-order: which input feature each of its columns multiplies. None: their own.
+    order: torch.Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -81,8 +83,13 @@ class PackedWeight:
         return self.weight.device
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedWeight:
-        weight, scales = (t.to(device=device, non_blocking=non_blocking) for t in (self.weight, self.scales))
-        return replace(self, weight=weight, scales=scales)
+        tensors = {name: getattr(self, name) for name in ("weight", "scales", "order")}
+        moved = {
+            name: tensor.to(device=device, non_blocking=non_blocking)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        return replace(self, **moved)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT_FORMAT) -> PackedWeight:
@@ -128,7 +135,10 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of ``pack``: codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets)."""
+    """The inverse of ``pack``: codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets).
+
+    Columns are as they were packed: those of a weight in act-order are its ``order``'s.
+    """
     fmt = format_row(packed.weight_format)
     if packed.layout_version != LAYOUT_VERSION:
         raise ValueError(

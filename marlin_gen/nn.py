@@ -26,13 +26,14 @@ class QuantLinear(nn.Module):
     ``from_packed``.
     ``dtype``, of x, scales, bias and y, is float16 or bfloat16.
     Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
-    loading checks.
+    loading checks; with act-order ``order``, which a state dict brings along.
     """
 
     weight: torch.Tensor
     scales: torch.Tensor
     layout_version: torch.Tensor
     bias: nn.Parameter | None
+    order: torch.Tensor | None
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class QuantLinear(nn.Module):
         weight_format: str = DEFAULT_FORMAT,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float16,
+        has_order: bool = False,
     ) -> None:
         super().__init__()
         fmt = format_row(weight_format)
@@ -57,14 +59,16 @@ class QuantLinear(nn.Module):
         self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
         zeros = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(zeros, requires_grad=False) if bias else None
+        self.register_buffer("order", torch.arange(in_features, device=device) if has_order else None)
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
         """A layer around ``packed``, which is not copied."""
-        layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, "meta", packed.dtype)
+        has_order = packed.order is not None
+        layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, "meta", packed.dtype, has_order)
         if packed.layout_version != LAYOUT_VERSION:
             raise ValueError(_version_error(packed.layout_version))
-        layer.weight, layer.scales = packed.weight, packed.scales
+        layer.weight, layer.scales, layer.order = packed.weight, packed.scales, packed.order
         layer.layout_version = torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=packed.device)
         if bias is not None:
             if tuple(bias.shape) != (packed.n,):
@@ -104,6 +108,8 @@ class QuantLinear(nn.Module):
             weight, scales = (tensor.chunk(world, 0)[rank] for tensor in (self.weight, self.scales))
             bias = None if self.bias is None else self.bias.chunk(world)[rank]
         else:
+            if self.order is not None:
+                raise ValueError("a layer in act-order takes features from anywhere: shard it by rows, not by columns")
             _check_divides(world, "in_features", self.in_features, SIZE_UNIT, "the layout's tile")
             _check_divides(world, "in_features", self.in_features, group_size, "the group_size")
             weight, scales = (tensor.chunk(world, 1)[rank] for tensor in (self.weight, self.scales))
@@ -114,7 +120,7 @@ class QuantLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        return PackedWeight(self.weight, self.scales, self.weight_format)
+        return PackedWeight(self.weight, self.scales, self.weight_format, order=self.order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return gemm(x, self.packed, self.bias)
@@ -133,6 +139,8 @@ class QuantLinear(nn.Module):
         if version is not None and int(version) != LAYOUT_VERSION:
             error_msgs.append(f"{prefix}weight: {_version_error(int(version))}")
             return
+        if f"{prefix}order" in state_dict and self.order is None:
+            self.order = torch.arange(self.in_features, device=self.weight.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -44,8 +44,11 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
     this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
+    For a weight in act-order the features of ``a`` are gathered first, by a kernel of torch's.
     """
     scales = packed.scales
+    if packed.order is not None:
+        a = a.index_select(-1, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
     if (
         not torch.compiler.is_compiling()

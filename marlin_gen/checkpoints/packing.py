@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from marlin_gen.checkpoints.quantized import QuantizedWeight
@@ -15,10 +17,9 @@ def to_packed(weight: QuantizedWeight, name: str = "weight", dtype: torch.dtype 
     Without ``dtype``, of the type of its scales (float16 for float32 scales), and then the same numbers, bit for bit: a
     ValueError where the type does not hold them. With ``dtype``, scales and offsets are rounded to it, as they are when
     a model is loaded in that type. Groups that no format has (256, or one scale a row) are packed in the largest that
-    divides them, scales repeated. Raises ValueError, with ``name`` in it, for what no format holds.
+    divides them, scales repeated. Columns stay in the order of the codes (act-order): activations follow them at each
+    call. Raises ValueError, with ``name`` in it, for what no format holds.
     """
-    if weight.order is not None:
-        raise ValueError(f"{name} is in act-order (desc_act); the kernels read input features in their own order")
     fmt = _format_of(weight, name)
     target = dtype or (weight.scales.dtype if weight.scales.dtype in SCALE_DTYPES else torch.float16)
     values = {"scales": weight.scales}
@@ -36,7 +37,7 @@ def to_packed(weight: QuantizedWeight, name: str = "weight", dtype: torch.dtype 
             )
     scales = torch.stack([*rounded.values()], -1) if fmt.has_offsets else rounded["scales"]
     scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
-    return pack(weight.codes, scales, fmt.name)
+    return replace(pack(weight.codes, scales, fmt.name), order=weight.order)
 
 
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:

@@ -47,9 +47,10 @@ class LaterProjection(nn.Module):
 def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> list[str]:
     """Fuse each group of neighbouring projections below ``model`` in place; the names of what was fused.
 
-    A group is fused where its layers are all ``QuantLinear`` of one format and type, or all ``nn.Linear``, take the
-    same number of features and all have a bias or none. The model must call them in the group's order, with the same
-    input, as transformers' llama-like models do. For inference: afterwards the state dict has other names.
+    A group is fused where its layers are all ``QuantLinear`` of one format and type, none in act-order, or all
+    ``nn.Linear``, take the same number of features and all have a bias or none. The model must call them in the group's
+    order, with the same input, as transformers' llama-like models do. For inference: afterwards the state dict has
+    other names.
     """
     fused = []
     for name, module in list(model.named_modules()):
@@ -74,7 +75,7 @@ def _joined(layers: Sequence[Any]) -> nn.Module | None:
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
     if all(type(layer) is QuantLinear for layer in layers):
         kinds = {(layer.in_features, layer.weight_format, layer.scales.dtype) for layer in layers}
-        if len(kinds) > 1:
+        if len(kinds) > 1 or any(layer.order is not None for layer in layers):
             return None
         weight, scales = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "scales"))
         return QuantLinear.from_packed(PackedWeight(weight, scales, first.weight_format), bias)

@@ -52,9 +52,11 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return
         if config.formats is not None:
-            for name, weight_format in config.formats.items():
-                self._replace(model, name, lambda linear, fmt=weight_format: QuantLinear(
-                    linear.in_features, linear.out_features, linear.bias is not None, fmt, "meta", self.dtype
+            reordered = {name for name in header_entries(checkpoint_files or ()) if name.endswith(".order")}
+            for name, fmt in config.formats.items():
+                kind = fmt, "meta", self.dtype, f"{name}.order" in reordered
+                self._replace(model, name, lambda linear, kind=kind: QuantLinear(
+                    linear.in_features, linear.out_features, linear.bias is not None, *kind
                 ))  # fmt: skip
             return
         if not checkpoint_files:
