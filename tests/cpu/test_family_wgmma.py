@@ -212,7 +212,8 @@ FAULTS = (
     ),
     Fault(
         "leaves while others signal it", CLUSTER_2,
-        "__syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late", "return;",
+        "__syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late\n"
+        "    ptx::barrier_cluster_sync();", "return;",
         ("a block that has left",),
     ),
     Fault(
