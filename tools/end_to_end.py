@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import marlin_gen  # noqa: E402
 from marlin_gen.formats import DEFAULT_FORMAT  # noqa: E402
-from marlin_gen.hf.fuse import fuse  # noqa: E402
+from marlin_gen.hf import fuse  # noqa: E402
 
 FIELDS = ("model", "kernels", "work", "batch", "tokens_per_s", "ms", "over_dense")
 CONFIGS = {

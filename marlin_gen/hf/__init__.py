@@ -10,7 +10,10 @@ except ImportError as error:
 from marlin_gen.hf.config import MarlinGenConfig
 from marlin_gen.hf.gguf import from_gguf
 from marlin_gen.hf.load import from_pretrained, take_over
+from marlin_gen.hf.projections import fuse
 from marlin_gen.hf.quantizer import MarlinGenQuantizer
 from marlin_gen.hf.tokenizer import tokenizer_from_gguf
 
-__all__ = ["MarlinGenConfig", "MarlinGenQuantizer", "from_gguf", "from_pretrained", "take_over", "tokenizer_from_gguf"]
+__all__ = [
+    "MarlinGenConfig", "MarlinGenQuantizer", "from_gguf", "from_pretrained", "fuse", "take_over", "tokenizer_from_gguf",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from marlin_gen import QuantLinear, quantize_model  # noqa: E402
-from marlin_gen.hf.fuse import fuse  # noqa: E402
+from marlin_gen.hf import fuse  # noqa: E402
 
 CONFIG = dict(
     vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
