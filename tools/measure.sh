@@ -1,14 +1,14 @@
 #!/bin/sh
 # Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
 #   tools/measure.sh [FOLDER [STAGE...]]
-# Stages, in order: tune bench tests cliffs regret chain sustained overhead model results. About half an hour on 16 cores and an
-# H100; a stage can be run again by itself. What each file means is in the tool that writes it. "model" needs the extra hf.
+# Stages, in order: tune bench tests cliffs regret chain sustained overhead model soak results. Without soak, which is ten minutes
+# (SOAK_SECONDS says otherwise), about half an hour on 16 cores and an H100; a stage can be run again by itself. What each file means is in the tool that writes it. "model" needs the extra hf.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.
 tables=${1:-tuned}
 [ $# -gt 0 ] && shift
-all="tune bench tests cliffs regret chain sustained overhead model results"
+all="tune bench tests cliffs regret chain sustained overhead model soak results"
 stages=${*:-$all}
 work="--model llama-3.1-8b --shapes 8192x8192,28672x8192"
 unseen=$(mktemp -d)
@@ -16,7 +16,7 @@ trap 'rm -rf "$unseen"' EXIT
 
 for stage in $stages; do
   case $stage in
-    tune | bench | tests | cliffs | regret | chain | sustained | overhead | model | results) ;;
+    tune | bench | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
     *) echo "unknown stage '$stage'; known: $all" >&2; exit 2 ;;
   esac
 done
@@ -39,6 +39,7 @@ for stage in $stages; do
     sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 28672x4096 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
     overhead) MARLIN_GEN_TABLE="$table" python3 tools/overhead.py --csv "$table/overhead.csv" ;;
     model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --csv "$table/end_to_end.csv" ;;
+    soak) MARLIN_GEN_TABLE="$table" python3 tools/soak.py --seconds "${SOAK_SECONDS:-600}" --csv "$table/soak.csv" ;;
     results) python3 tools/results_table.py ;;
   esac
 done
