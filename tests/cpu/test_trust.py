@@ -432,20 +432,30 @@ def _publish_for_ever(folder: Path, scratch: Path) -> None:
 
 
 def test_a_writer_that_is_killed_leaves_the_old_table_or_the_new_one(tmp_path):
+    """Every other kill comes when the writer has just begun a file, the others at any moment."""
     folder = tables.table(tmp_path, ROWS).folder
     generator = random.Random(0)
     interrupted = 0
-    for _ in range(12):
+
+    def begun() -> bool:
+        return any(path.name != whole_files.LOCK_FILE for path in folder.rglob(".*"))
+
+    for attempt in range(200):
         writer = get_context("fork").Process(target=_publish_for_ever, args=(folder, tmp_path / "scratch"))
         writer.start()
         time.sleep(0.05 + generator.random() * 0.05)
+        ends = time.monotonic() + 1.0
+        while attempt % 2 and not begun() and time.monotonic() < ends:
+            pass
         writer.kill()
         writer.join()
-        interrupted += bool([path for path in folder.rglob(".*") if path.name != whole_files.LOCK_FILE])
+        interrupted += begun()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = DispatchTable.load(folder)
             assert found.intact() == found and {r.problem for r in ROWS} <= {r.problem for r in found.rows}
+        if attempt >= 11 and interrupted:
+            break
     assert interrupted, "no kill came in the middle of a write; the test shows nothing"
     publish(folder, found)
     assert not [path for path in folder.rglob(".*") if path.name != whole_files.LOCK_FILE], "left-overs stay"
