@@ -9,7 +9,7 @@ from pathlib import Path
 
 from marlin_gen import csv_rows
 from marlin_gen.config import Plan
-from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.formats import kind_suffix
 from marlin_gen.measurement import Artifact, Measurement, Measurer
 from marlin_gen.problem import Problem
 
@@ -55,8 +55,7 @@ COLUMNS = csv_rows.columns_of(BenchRow)
 
 def file_name(weight_format: str, act_dtype: str) -> str:
     """The bench beside a table: bench.csv is of the default formats alone, so that reports compare like with like."""
-    is_default = (weight_format, act_dtype) == (DEFAULT_FORMAT, DEFAULT_DTYPE)
-    return "bench.csv" if is_default else f"bench-{weight_format}-{act_dtype}.csv"
+    return f"bench{kind_suffix(weight_format, act_dtype)}.csv"
 
 
 @dataclass(frozen=True)

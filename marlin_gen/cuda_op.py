@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from marlin_gen import native
-from marlin_gen.formats import LAYOUT_VERSION
+from marlin_gen.formats import FORMAT_CODES, LAYOUT_VERSION
 from marlin_gen.op import ACT_DTYPES, ALIGNMENT, check_operands
 from marlin_gen.serve import Server
 
-FORMAT_NAMES = {code: name for name, code in native.FORMAT_CODES.items()}
+FORMAT_NAMES = {code: name for name, code in FORMAT_CODES.items()}
 ROW_UNIT = ALIGNMENT // 2  # elements: kernels read rows of activations that are multiples of this apart
 _ERRORS = threading.local()
 
@@ -39,7 +39,7 @@ def gemm(
     weight_format: str, layout_version: int,
 ) -> torch.Tensor:  # fmt: skip
     """``torch.ops.marlin_gen.gemm`` on CUDA, without gradients: see op.py for operands and errors."""
-    call, code = direct(), native.FORMAT_CODES.get(weight_format)
+    call, code = direct(), FORMAT_CODES.get(weight_format)
     if call is None or code is None or layout_version != LAYOUT_VERSION:
         return serve(a, weight, scales, bias, weight_format, layout_version)
     try:

@@ -152,8 +152,9 @@ class Dispatcher:
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
         """The first table's intact cubin of ``spec``."""
         for table in self.tables:
-            if path := table.cubin(spec.key):
-                return KernelLocation(path, table.kernels[spec.key].symbol, table.kernels[spec.key].sha256)
+            path, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
+            if path and kernel:
+                return KernelLocation(path, kernel.symbol, kernel.sha256)
         return None
 
 

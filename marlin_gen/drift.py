@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlin_gen.config import KernelSpec
-from marlin_gen.measurement import Artifact, Measurement, Measurer
+from marlin_gen.measurement import Measurement, Measurer
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_row import TableRow
 
@@ -53,18 +52,7 @@ def measure(measurer: Measurer, table: DispatchTable, rows: Sequence[TableRow], 
         raise ValueError(f"the table is of {table.gpu.slug}, what measures is {measurer.gpu.slug}; verify it there")
     for row in rows:
         spec = row.specs(table.gpu)[0]
-        artifact = _artifact(table, spec, scratch)
+        cubin, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
+        artifact = kernel.artifact(spec, cubin, scratch) if cubin and kernel else None
         measured = measurer.finals(row.problem, [(artifact, row.plan)]) if artifact else []
         yield Drift(row, measured[0] if measured else None)
-
-
-def _artifact(table: DispatchTable, spec: KernelSpec, scratch: Path) -> Artifact | None:
-    cubin = table.cubin(spec.key)
-    if cubin is None:
-        return None
-    folder = scratch / spec.key
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "kernel.cubin").symlink_to(cubin.resolve())
-    kernel = table.kernels[spec.key]
-    return Artifact(spec, kernel.symbol, folder, kernel.registers, spill_bytes=0, static_smem_bytes=0)

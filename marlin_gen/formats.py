@@ -87,12 +87,20 @@ FORMATS = {
     )
 }
 
+FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}  # of this process: what the native launcher is told
+
 # The order that ``layout.pack`` writes and every kernel reads; tables and checkpoints record it. A new order is a new
 # number.
 LAYOUT_VERSION = 1
 
 DEFAULT_FORMAT = "u4b8g128"
 DEFAULT_DTYPE = "f16"
+
+
+def kind_suffix(weight_format: str, act_dtype: str) -> str:
+    """What a file's name has of its kind of numbers: nothing for the default kind, else such as "-u4zg64-bf16"."""
+    is_default = (weight_format, act_dtype) == (DEFAULT_FORMAT, DEFAULT_DTYPE)
+    return "" if is_default else f"-{weight_format}-{act_dtype}"
 
 
 def weight_format(name: str) -> WeightFormat:

@@ -33,7 +33,7 @@ from marlin_gen.formats import DEFAULT_FORMAT, DTYPES, LAYOUT_VERSION, WeightFor
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.problem import SIZE_UNIT, check_shape
 
-__all__ = ["LAYOUT_VERSION", "SCALE_DTYPES", "PackedWeight", "check_scales", "pack", "unpack", "words_per_tile"]
+__all__ = ["LAYOUT_VERSION", "SCALE_DTYPES", "PackedWeight", "check_scales", "pack", "unpack"]
 
 SCALE_DTYPES = tuple(getattr(torch, row.torch_name) for row in DTYPES.values())
 
@@ -43,11 +43,6 @@ _PLACES = {
     4: [(i & 1, i >> 1 & 1, i >> 2) for i in range(8)],
     8: [(i >> 1 & 1, i >> 2, i & 1) for i in range(8)],
 }
-
-
-def words_per_tile(fmt: WeightFormat) -> int:
-    """32-bit words of 64 x 64 packed codes."""
-    return SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from marlin_gen import env, native_build
 from marlin_gen.families.base import OPERANDS, LaunchShape
-from marlin_gen.formats import DTYPES, FORMATS
-from marlin_gen.problem import SIZE_UNIT, Problem
+from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS
+from marlin_gen.problem import Problem, words_per_tile
 
 log = logging.getLogger("marlin_gen")
 
-FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}
 MAX_OPERANDS, MAX_SCALARS = 12, 8
 _LOCK = threading.Lock()
@@ -96,10 +95,8 @@ class Native:
         self._library = library
         for name, code in FORMAT_CODES.items():
             row = FORMATS[name]
-            words = SIZE_UNIT * SIZE_UNIT * row.bits // 32
-            library.marlin_gen_set_format(
-                code, ctypes.byref(FormatRecord(row.group_size, row.scale_values, words))
-            )
+            record = FormatRecord(row.group_size, row.scale_values, words_per_tile(row))
+            library.marlin_gen_set_format(code, ctypes.byref(record))
 
     @staticmethod
     def _function(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:

@@ -10,9 +10,9 @@ from torch import nn
 
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack, words_per_tile
+from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack
 from marlin_gen.op import gemm
-from marlin_gen.problem import SIZE_UNIT, check_shape
+from marlin_gen.problem import SIZE_UNIT, check_shape, words_per_tile
 from marlin_gen.reference import quantize
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from marlin_gen.formats import DTYPES, FORMATS, LAYOUT_VERSION
+from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.problem import SIZE_UNIT
+from marlin_gen.problem import SIZE_UNIT, words_per_tile
 
 if TYPE_CHECKING:
     from marlin_gen.layout import PackedWeight
@@ -34,7 +34,6 @@ for _name in ("gemm_no_grad", "gemm_slow"):
         f"{_name}(Tensor a, Tensor weight, Tensor scales, Tensor? bias, int format) -> Tensor"
     )
 
-_FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
 _direct: Any = None  # cuda_op.direct(), as soon as an op has run on CUDA
 
 
@@ -55,7 +54,7 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
         and _direct is not None
         and a.is_cuda
         and packed.layout_version == LAYOUT_VERSION
-        and (code := _FORMAT_CODES.get(packed.weight_format)) is not None
+        and (code := FORMAT_CODES.get(packed.weight_format)) is not None
         and not (
             torch.is_grad_enabled()
             and (a.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad))
@@ -92,7 +91,7 @@ def check_operands(
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
         raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it, for instance with a.half()")
-    words = SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
+    words = words_per_tile(fmt)
     if weight.dtype != torch.int32 or weight.ndim != 3 or weight.shape[2] != words:
         raise ValueError(
             f"weight is {weight.dtype} {list(weight.shape)}; the packed layout of {fmt.name} is"

@@ -49,6 +49,11 @@ class Problem:
         return max(read_floor_us, self.flops / (tflops * 1e6))
 
 
+def words_per_tile(fmt: WeightFormat) -> int:
+    """32-bit words of the packed codes of one tile, ``SIZE_UNIT`` by ``SIZE_UNIT``."""
+    return SIZE_UNIT * SIZE_UNIT * fmt.bits // 32
+
+
 def check_shape(n: int, k: int, fmt: WeightFormat) -> None:
     """Raise a ValueError that names the value and the fix unless the layout can hold n x k."""
     for name, value in (("n", n), ("k", k)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from marlin_gen import env
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.formats import kind_suffix
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Stretch
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
@@ -83,9 +83,7 @@ def recording_name(weight_format: str, act_dtype: str) -> str:
 
     The default kind's is ``FILE_NAME``.
     """
-    if (weight_format, act_dtype) == (DEFAULT_FORMAT, DEFAULT_DTYPE):
-        return FILE_NAME
-    return f"recording-{weight_format}-{act_dtype}.jsonl.gz"
+    return f"recording{kind_suffix(weight_format, act_dtype)}.jsonl.gz"
 
 
 def shipped_recordings() -> dict[str, Path]:

@@ -46,7 +46,7 @@ class DispatchTable:
     ] = ()  # provenance of each tuning run, oldest first: date, driver, torch, compiler ...
     protocol: str = PROTOCOL
     folder: Path | None = None
-    _checked: dict[str, Path | None] = field(default_factory=dict, compare=False, repr=False)
+    _checked: dict[str, KernelFile | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def build(
@@ -93,27 +93,32 @@ class DispatchTable:
 
     def cubin(self, key: str) -> Path | None:
         """The intact cubin of a spec; None when there is none, with one warning when it is missing or altered."""
+        kernel = self.intact_kernel(key)
+        return self.folder / kernel.file if kernel and self.folder else None
+
+    def intact_kernel(self, key: str) -> KernelFile | None:
+        """The entry that ``cubin``'s file was found to be: this table's, or that of another process's later build."""
         if key not in self._checked:
             self._checked[key] = self._verified(key)
         return self._checked[key]
 
-    def _verified(self, key: str) -> Path | None:
+    def _verified(self, key: str) -> KernelFile | None:
         kernel = self.kernels.get(key)
         if kernel is None or self.folder is None:
             return None
         path = self.folder / kernel.file
         fault = _fault(path, kernel)
         if fault is None:
-            return path
+            return kernel
         # Another process may have written since: its build of the same kernel serves as well, and where it dropped the
         # kernel nothing is broken. Under the lock, not between its cubins and its table.
         with suppress(OSError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
             now = _kernels_now(self.folder)
             if now is not None and now.get(key) != kernel:
-                return path if key in now and _fault(path, now[key]) is None else None
+                return now[key] if key in now and _fault(path, now[key]) is None else None
             fault = _fault(path, kernel)
         if fault is None:
-            return path
+            return kernel
         _warn(f"{path} {fault}; using the next candidate instead. Restore the file, or tune again")
         return None
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from marlin_gen.arch import Gpu
@@ -61,6 +62,14 @@ class KernelFile:
         smem_bytes = FAMILIES.of(spec.config).smem_bytes(spec.config, spec.format_row)
         sha256 = hashlib.sha256(artifact.cubin.read_bytes()).hexdigest()
         return cls(_file_of(spec.key), sha256, artifact.symbol, artifact.registers, smem_bytes)
+
+    def artifact(self, spec: KernelSpec, cubin: Path, scratch: Path) -> Artifact:
+        """As a measurer takes it: a link below ``scratch`` to ``cubin``, the file that this entry is of."""
+        folder = scratch / spec.key
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "kernel.cubin").symlink_to(cubin.resolve())
+        return Artifact(spec, self.symbol, folder, self.registers, spill_bytes=0, static_smem_bytes=0)
 
     @classmethod
     def from_json(cls, key: str, data: Any) -> KernelFile:

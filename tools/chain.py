@@ -25,10 +25,10 @@ from marlin_gen import csv_rows
 from marlin_gen.config import Plan
 from marlin_gen.formats import DEFAULT_FORMAT, weight_format
 from marlin_gen.launch import Kernel, Launcher, LaunchError
-from marlin_gen.layout import PackedWeight, unpack, words_per_tile
+from marlin_gen.layout import PackedWeight, unpack
 from marlin_gen.models import layer_shapes, load_config
 from marlin_gen.operands import ROTATE_L2S
-from marlin_gen.problem import SIZE_UNIT, Problem
+from marlin_gen.problem import SIZE_UNIT, Problem, words_per_tile
 from marlin_gen.reference import dequantize
 from marlin_gen.serve import Server
 from marlin_gen.timing import Bench, Graph, Spread, interleaved

@@ -10,10 +10,10 @@ quantised model. Extra: hf.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import marlin_gen  # noqa: E402
+from marlin_gen import csv_rows  # noqa: E402
 from marlin_gen.formats import DEFAULT_FORMAT  # noqa: E402
 from marlin_gen.hf import fuse  # noqa: E402
 
-FIELDS = ("model", "kernels", "work", "batch", "tokens_per_s", "ms", "over_dense")
 CONFIGS = {
     "llama-3.1-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -47,6 +47,19 @@ def built(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     config = transformers.LlamaConfig(**CONFIGS[name])
     with device:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV."""
+
+    model: str
+    kernels: str
+    work: str
+    batch: int
+    tokens_per_s: float
+    ms: float  # of a step, or of the prompt
+    over_dense: float = 1.0
 
 
 class Decoder:
@@ -105,16 +118,12 @@ def prefilling(model: Any) -> float:
     return statistics.median(milliseconds(lambda: model(prompt, use_cache=False, logits_to_keep=1), 8)[2:])
 
 
-def measured(name: str, kernels: str, model: Any, batches: list[int]) -> Iterator[dict[str, Any]]:
+def measured(name: str, kernels: str, model: Any, batches: list[int]) -> Iterator[Row]:
     for batch in batches:
         ms = decoding(model, batch)
-        yield row(name, kernels, "decode", batch, batch / ms * 1e3, ms)
+        yield Row(name, kernels, "decode", batch, batch / ms * 1e3, ms)
     ms = prefilling(model)
-    yield row(name, kernels, f"prefill {PREFILL}", 1, PREFILL / ms * 1e3, ms)
-
-
-def row(*values: Any) -> dict[str, Any]:
-    return dict(zip(FIELDS, values, strict=False))
+    yield Row(name, kernels, f"prefill {PREFILL}", 1, PREFILL / ms * 1e3, ms)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -127,28 +136,23 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = built(options.model, getattr(torch, options.dtype), torch.device("cuda"))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     dense: dict[tuple[str, int], float] = {}
 
-    def note(found: dict[str, Any]) -> None:
-        key = found["work"], found["batch"]
-        found["over_dense"] = found["tokens_per_s"] / dense.setdefault(key, found["tokens_per_s"])
-        rows.append(found)
+    def note(found: Row) -> None:
+        first = dense.setdefault((found.work, found.batch), found.tokens_per_s)
+        rows.append(row := replace(found, over_dense=found.tokens_per_s / first))
         print(
-            f"{found['kernels']:12} {found['work']:12} batch {found['batch']:3}: {found['tokens_per_s']:9.0f} tokens/s,"
-            f" {found['ms']:.2f} ms, {found['over_dense']:.2f}x",
+            f"{row.kernels:12} {row.work:12} batch {row.batch:3}: {row.tokens_per_s:9.0f} tokens/s, {row.ms:.2f} ms,"
+            f" {row.over_dense:.2f}x",
             flush=True,
         )
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        csv_rows.write(options.csv, Row, rows, digits=6)
 
-    done = marlin_gen.quantize_model  # imported before the first timing
     fuse(model)
     for found in measured(options.model, options.dtype, model, options.batches):
         note(found)
-    print(done(model, options.format))
+    print(marlin_gen.quantize_model(model, options.format))
     torch.cuda.empty_cache()
     for found in measured(options.model, options.format, model, options.batches):
         note(found)

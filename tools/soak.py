@@ -12,7 +12,6 @@ the time by more than is allowed below.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import sys
 import threading
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import marlin_gen  # noqa: E402
+from marlin_gen import csv_rows  # noqa: E402
 from marlin_gen.formats import DTYPES, FORMATS, dtype  # noqa: E402
 from marlin_gen.layout import PackedWeight  # noqa: E402
 from marlin_gen.operands import random_weight  # noqa: E402
@@ -158,11 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in soak.rows(options.seconds):
         rows.append(row)
         print(", ".join(f"{key} {value:.0f}" for key, value in asdict(row).items()), flush=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(row)))
-            writer.writeheader()
-            for one in rows:
-                writer.writerow({k: round(v, 1) if isinstance(v, float) else v for k, v in asdict(one).items()})
+        csv_rows.write(options.csv, Row, rows, digits=6)
     found = faults(rows, soak.errors)
     print("\n".join(found) or f"{rows[-1].products} products, {rows[-1].checked} checked, none wrong, no leak")
     return 1 if found else 0

@@ -63,9 +63,7 @@ def read_tensors(reader: GGUFReader) -> Iterator[tuple[str, QuantizedWeight | to
     Q4_0, Q4_1, Q8_0 [n, k] become a ``QuantizedWeight``, F16, F32 and BF16 of any shape a tensor of that type. Others
     are refused before the first tensor is read.
     """
-    for tensor in reader.tensors:
-        _check(tensor)
-    return ((tensor.name, _read(tensor)) for tensor in reader.tensors)
+    return ((tensor.name, tensor.read()) for tensor in stored_tensors(reader))
 
 
 def stored_tensors(reader: GGUFReader) -> list[Stored]:

@@ -103,21 +103,14 @@ def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Pat
         if choice.kernel is None:
             missing.append(choice.spec)
         elif choice.spec not in found:
-            found[choice.spec] = _shipped(choice, dispatcher, scratch)
+            shipped = (table.intact_kernel(choice.spec.key) for table in dispatcher.tables)
+            kernel = next(kernel for kernel in shipped if kernel)  # as ``locate`` found it
+            found[choice.spec] = kernel.artifact(choice.spec, choice.kernel.cubin, scratch)
     for spec, result in compile_all([render(spec) for spec in missing]).items() if missing else ():
         if isinstance(result, CompileFailure):
             raise ValueError(f"{spec.key} does not compile: {result.reason}")
         found[spec] = result
     return found
-
-
-def _shipped(choice: Choice, dispatcher: Dispatcher, scratch: Path) -> Artifact:
-    assert choice.kernel
-    folder = scratch / choice.spec.key
-    folder.mkdir()
-    (folder / "kernel.cubin").symlink_to(choice.kernel.cubin.resolve())
-    registers = next(t.kernels[choice.spec.key].registers for t in dispatcher.tables if choice.spec.key in t.kernels)
-    return Artifact(choice.spec, choice.kernel.symbol, folder, registers, spill_bytes=0, static_smem_bytes=0)
 
 
 def _print(rows: Sequence[BenchRow], tflops: float, name: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 from marlin_gen.arch import Arch, Gpu
@@ -99,8 +99,9 @@ class KernelFamily(Protocol):
         ...
 
 
+@cache  # a look-up without a table asks for each problem
 def fitted(
-    family: KernelFamily, configs: Iterable[KernelConfig], fmt: WeightFormat, arch: Arch
+    family: KernelFamily, configs: tuple[KernelConfig, ...], fmt: WeightFormat, arch: Arch
 ) -> tuple[KernelConfig, ...]:
     """The configs with as many stages as a format allows, up to their own; those that it never allows are left out."""
     found = []

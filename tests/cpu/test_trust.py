@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -168,6 +169,15 @@ def test_a_shipped_cubin_with_a_bit_turned_is_a_miss(tmp_path):
         (copy.folder / kernel.file).write_bytes(damaged)
         with pytest.warns(TableWarning, match="sha256 differs"):
             assert DispatchTable.load(copy.folder).cubin(key) is None, at
+
+
+def test_another_process_s_build_of_a_kernel_is_served_under_its_own_hash(written, tmp_path):
+    """This process read the table before: what it offers to load is what lies there now, and passes the last check."""
+    made = tables.artifact(tmp_path / "new", mma(), content=b"compiled again")
+    publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], [made], {}), [made])
+    location = Dispatcher(H100, [written]).locate(made.spec)
+    assert location.cubin.read_bytes() == b"compiled again"
+    assert location.sha256 == hashlib.sha256(b"compiled again").hexdigest()
 
 
 def test_a_cubin_that_changes_after_it_was_judged_is_not_loaded(written):

@@ -332,11 +332,7 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
       u32 words[4 * kPlanes];
-#pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        u32x4 const quad = ptx::ld_shared_v4(weight + i * kRowBlockBytes + plane * 512);
-        words[plane * 4] = quad.x, words[plane * 4 + 1] = quad.y, words[plane * 4 + 2] = quad.z, words[plane * 4 + 3] = quad.w;
-      }
+      load_words<kPlanes>(words, weight + i * kRowBlockBytes);
       if constexpr (kDeferred) {
         multiply_deferred(acc[i], words, ptx::ld_shared_u32(scales + i * kRowBlockScaleBytes), b, zero);
       } else {

@@ -273,12 +273,8 @@ struct Consumer {
     u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + (warp * 8 + lane / 4) * kPairBytes;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      u32 words[Decode::kWords * 4];
-#pragma unroll
-      for (int plane = 0; plane < Decode::kWords; ++plane) {
-        u32x4 const quad = ptx::ld_shared_v4(weights + slab * kWeightTileBytes + plane * 512);
-        words[plane * 4] = quad.x, words[plane * 4 + 1] = quad.y, words[plane * 4 + 2] = quad.z, words[plane * 4 + 3] = quad.w;
-      }
+      u32 words[4 * Decode::kWords];
+      load_words<Decode::kWords>(words, weights + slab * kWeightTileBytes);
       typename Decode::Group group = Decode::Group::load(scales + slab * 64 / Config::kGroupSize * kScaleTileBytes);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {

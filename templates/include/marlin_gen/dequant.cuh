@@ -37,6 +37,16 @@ struct ScalePair {
   }
 };
 
+// A lane's words of 16 rows by 64 k, four k16 steps: one plane of 512 bytes, 16 a lane, for each of kWords.
+template <int kWords>
+__device__ __forceinline__ void load_words(u32 (&words)[4 * kWords], u32 address) {
+#pragma unroll
+  for (int plane = 0; plane < kWords; ++plane) {
+    u32x4 const quad = ptx::ld_shared_v4(address + plane * 512);
+    words[plane * 4] = quad.x, words[plane * 4 + 1] = quad.y, words[plane * 4 + 2] = quad.z, words[plane * 4 + 3] = quad.w;
+  }
+}
+
 // Two weights of the codes' own values q, for offsets that are not whole.
 template <class Number, Offset kOffset>
 __device__ __forceinline__ u32 apply(u32 q, u32 scale, u32 offset) {
