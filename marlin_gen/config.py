@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 from marlin_gen.arch import ARCHS, Arch
 from marlin_gen.formats import DTYPES, FORMATS, DType, WeightFormat
@@ -31,6 +32,7 @@ class KernelConfig:
     cluster_size: int  # blocks of a cluster; 1 = none
     partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: even k ranges, in order
     dequant: str  # exact: zero point and scale applied in registers; deferred: to the fp32 sums of each group
+    a_stages: int = 0  # depth of a ring of their own for activations; 0: they share the stages of weights
 
     def __post_init__(self) -> None:
         if self.partition not in PARTITIONS:
@@ -39,14 +41,15 @@ class KernelConfig:
             raise ValueError(f"dequant={self.dequant!r} is not one of {DEQUANTS}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and (not isinstance(value, int) or value < 1):
+            if f.type == "int" and (not isinstance(value, int) or value < (f.name != "a_stages")):
                 raise ValueError(f"{f.name}={value!r} is not a positive whole number")
 
     @property
     def key(self) -> str:
+        rings = f"s{self.num_stages}a{self.a_stages}" if self.a_stages else f"s{self.num_stages}"
         return (
             f"{self.family}-m{self.block_m}n{self.block_n}k{self.block_k}-w{self.warps_n}x{self.warps_k}"
-            f"-s{self.num_stages}-b{self.blocks_per_sm}-c{self.cluster_size}-{self.partition}-{self.dequant}"
+            f"-{rings}-b{self.blocks_per_sm}-c{self.cluster_size}-{self.partition}-{self.dequant}"
         )
 
     @classmethod
@@ -54,12 +57,17 @@ class KernelConfig:
         found = _CONFIG_KEY.fullmatch(key)
         if not found:
             raise ValueError(f"not a kernel config key: {key!r}; example: {_EXAMPLE}")
-        family, *numbers, partition, dequant = found.groups()
-        return cls(family, *map(int, numbers), partition, dequant)  # type: ignore[arg-type, call-arg]
+        words = found.groupdict("0")
+        values: dict[str, Any] = {f.name: int(words[f.name]) if f.type == "int" else words[f.name] for f in fields(cls)}
+        return cls(**values)
 
 
 _EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"
-_CONFIG_KEY = re.compile(r"([a-z]+)-m(\d+)n(\d+)k(\d+)-w(\d+)x(\d+)-s(\d+)-b(\d+)-c(\d+)-([a-z]+)-([a-z]+)")
+_CONFIG_KEY = re.compile(
+    r"(?P<family>[a-z]+)-m(?P<block_m>\d+)n(?P<block_n>\d+)k(?P<block_k>\d+)-w(?P<warps_n>\d+)x(?P<warps_k>\d+)"
+    r"-s(?P<num_stages>\d+)(?:a(?P<a_stages>[1-9]\d*))?-b(?P<blocks_per_sm>\d+)-c(?P<cluster_size>\d+)"
+    r"-(?P<partition>[a-z]+)-(?P<dequant>[a-z]+)"
+)
 
 
 @dataclass(frozen=True, order=True)

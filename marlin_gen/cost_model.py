@@ -102,6 +102,8 @@ class Columns:
         self.block_m, self.block_n, self.block_k = column("block_m"), column("block_n"), column("block_k")
         self.warps_n, self.warps_k = column("warps_n"), column("warps_k")
         self.stages, self.blocks_per_sm = column("num_stages"), column("blocks_per_sm")
+        # Of two rings the shallower, that of activations, is the one that is waited for.
+        self.stages = np.where(column("a_stages") > 0, column("a_stages"), self.stages)
         self.cluster = column("cluster_size")
         self.is_mma = np.array([c.family == "mma" for c in configs])
         self.striped = np.array([c.partition == "striped" for c in configs])

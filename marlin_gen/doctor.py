@@ -63,8 +63,8 @@ def _launcher() -> Finding:
     """Which launcher calls on a GPU would use. Builds and loads nothing."""
     from marlin_gen import native_build
 
-    if env.launcher() == "python" or env.dependent_launches():
-        return Finding("launcher", True, "Python, as MARLIN_GEN_LAUNCHER or MARLIN_GEN_DEPENDENT asks")
+    if env.launcher() == "python":
+        return Finding("launcher", True, "Python, as MARLIN_GEN_LAUNCHER asks")
     if found := native_build.candidates():
         return Finding("launcher", True, f"native, {found[0]}")
     if compiler := native_build.compiler():

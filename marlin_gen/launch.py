@@ -18,7 +18,6 @@ from marlin_gen.driver import LaunchError
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LaunchShape
 from marlin_gen.problem import Problem
-from marlin_gen.settled import Settled
 
 __all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
 
@@ -106,8 +105,7 @@ class Launcher:
         self.device_index = device_index
         self.gpu: Gpu = driver.identify(device_index)
         self.workspace = Workspace(torch.device("cuda", device_index))
-        self.can_depend = self.gpu.arch.has_tma and env.dependent_launches()
-        self._settled = Settled()
+        self._depends = env.dependent_launches()
         self._thread = threading.local()
         torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
 
@@ -138,15 +136,19 @@ class Launcher:
         """``out [m, n] = a [m, k] @ B^T + bias [n]`` on the current stream; tensors contiguous, 16-byte aligned, on it.
 
         The rows of ``a`` may be apart by more than k elements, in units of 8: a kernel that cannot read them so gets a
-        copy. The launch is dependent (see ``run_with``) where that is asked for and weight and scales have settled.
+        copy. The launch is dependent (see ``run_with``) where it can be, unless MARLIN_GEN_DEPENDENT=0.
         """
         if not getattr(self._thread, "has_context", False):
             driver.bind_context(self.device_index)
             self._thread.has_context = True
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
-        dependent = self.can_depend and self._settled(weight, scales)
+        dependent = self.depends(kernel.spec)
         self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias, dependent=dependent)
+
+    def depends(self, spec: KernelSpec) -> bool:
+        """Whether the op launches this kernel dependently: one that was compiled to wait for the kernel ahead of it."""
+        return self._depends and spec.arch_row.has_tma
 
     def run_with(
         self, kernel: Kernel, plan: Plan, problem: Problem,
@@ -156,8 +158,8 @@ class Launcher:
     ) -> None:  # fmt: skip
         """``run`` with the caller's workspace: at least the launch shape's sizes, locks zero.
 
-        ``dependent``: start while the kernel ahead on the stream still runs, and read weight and scales meanwhile. That
-        kernel must not be the one that writes them.
+        ``dependent``: start while the kernel ahead on the stream ends (programmatic dependent launch); this one waits
+        for it before it reads or writes anything. Not for a kernel of an architecture without TMA, which does not.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
         if bias is not None and "bias" not in shape.operands:

@@ -2,8 +2,8 @@
 
 ``csrc/*.cpp`` looks a problem up, checks operands, allocates, makes tensor maps and launches, without the GIL. What
 it does not know it hands to ``marlin_gen::gemm_slow``, which is ``cuda_op.py``'s; that tells it how to launch such a
-problem next time (``Native.put_step``). Without a C++ compiler, with MARLIN_GEN_LAUNCHER=python, and when launches are
-dependent (a weight may be read early once it has settled, which Python knows: settled.py), all of it is done in Python.
+problem next time (``Native.put_step``). Without a C++ compiler, or with MARLIN_GEN_LAUNCHER=python, all of it is
+done in Python.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepRecord(ctypes.Structure):
     _fields_ = (
         ("function", ctypes.c_void_p), ("partials_bytes", ctypes.c_int64),
         ("grid", ctypes.c_uint32), ("threads", ctypes.c_uint32), ("smem_bytes", ctypes.c_uint32),
-        ("cluster", ctypes.c_uint32), ("num_locks", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32), ("dependent", ctypes.c_uint32), ("num_locks", ctypes.c_uint32),
         ("a_box", ctypes.c_uint32 * 2), ("c_box", ctypes.c_uint32 * 2), ("a_tail_rows", ctypes.c_uint32),
         ("num_operands", ctypes.c_int32), ("num_scalars", ctypes.c_int32),
         ("scalars", ctypes.c_int32 * MAX_SCALARS), ("operands", ctypes.c_uint8 * MAX_OPERANDS),
@@ -59,12 +59,12 @@ def key_record(problem: Problem, device_index: int) -> KeyRecord:
     return KeyRecord(problem.n, problem.k, problem.m, *codes, device_index)
 
 
-def step_record(function: int, shape: LaunchShape) -> StepRecord:
-    """What a plain launch needs; ValueError for a shape that the library has no room for."""
+def step_record(function: int, shape: LaunchShape, smem_bytes: int, dependent: bool) -> StepRecord:
+    """What a launch with that much shared memory needs; ValueError for a shape that the library has no room for."""
     if len(shape.operands) > MAX_OPERANDS or len(shape.scalars) > MAX_SCALARS:
         raise ValueError(f"{len(shape.operands)} operands and {len(shape.scalars)} scalars are too many")
     record = StepRecord(
-        function, shape.partials_bytes, shape.grid, shape.threads, shape.smem_bytes, shape.cluster, shape.num_locks
+        function, shape.partials_bytes, shape.grid, shape.threads, smem_bytes, shape.cluster, dependent, shape.num_locks
     )
     record.a_box[:], record.c_box[:], record.a_tail_rows = shape.a_box, shape.c_box, shape.a_tail_rows
     record.num_operands, record.num_scalars = len(shape.operands), len(shape.scalars)
@@ -107,9 +107,11 @@ class Native:
         if error := self._library.marlin_gen_implement(op.encode(), dispatch_key.encode()):
             raise RuntimeError(error.decode())
 
-    def put_step(self, problem: Problem, device_index: int, function: int, shape: LaunchShape) -> None:
+    def put_step(
+        self, problem: Problem, device_index: int, function: int, shape: LaunchShape, smem_bytes: int, dependent: bool
+    ) -> None:
         """Launch ``problem`` like this from now on. ``function`` is a CUfunction that stays loaded."""
-        step = step_record(function, shape)
+        step = step_record(function, shape, smem_bytes, dependent)
         self._library.marlin_gen_put_step(ctypes.byref(key_record(problem, device_index)), ctypes.byref(step))
 
     def clear_steps(self, device_index: int) -> None:
@@ -148,7 +150,7 @@ def library() -> Native | None:
 @cache
 def _library() -> Native | None:
     wanted = env.launcher()
-    if wanted == "python" or env.dependent_launches():
+    if wanted == "python":
         return None
     reasons = []
     for find in (*((lambda path=path: path) for path in native_build.candidates()), native_build.build_cached):

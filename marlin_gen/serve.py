@@ -111,19 +111,21 @@ class Server:
                 self._steps.pop(key, None)
                 self.forget_native()
                 continue
-            if self._native and not self.launcher.can_depend:
+            if self._native:
                 self._tell_native(self._native, step.problem, step.choice.plan, step.kernel)
             return
 
     def _tell_native(self, launcher: native.Native, problem: Problem, plan: Plan, kernel: Kernel) -> None:
         """This problem's launch, and the current stream's locks where it needs them."""
-        shape, _ = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
+        shape, configs = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
         if shape.num_locks:
             stream = torch.cuda.current_stream(self.device_index).cuda_stream
             locks = self.launcher.workspace.shared_locks(stream)
             if locks is not None:  # else it is being captured
                 launcher.put_locks(self.device_index, stream, locks.data_ptr(), locks.numel())
-        launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape)
+        dependent = self.launcher.depends(kernel.spec)
+        smem_bytes = int(configs[dependent].sharedMemBytes)
+        launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape, smem_bytes, dependent)
 
     def forget_native(self) -> None:
         """Let every problem's next call come by here."""

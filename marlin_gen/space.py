@@ -106,6 +106,7 @@ class Candidates:
         return np.array([self._image(vars(config)) for config in self.configs], dtype=np.float32)
 
     def _image(self, values: Mapping[str, Any]) -> list[float]:
+        values = {**values, "a_stages": values["a_stages"] or values["num_stages"]}
         numbers = [math.log2(values[name]) * WEIGHTS.get(name, 1.0) for name in NUMBERS]
         # Two words that differ differ in two columns, hence the half.
         words = [

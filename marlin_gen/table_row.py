@@ -167,7 +167,10 @@ def _file_of(key: str) -> str:
 
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:
-    return {**asdict(plan.config), "raster": plan.raster}
+    config = asdict(plan.config)
+    if not plan.config.a_stages:  # as tables were written before there was the field
+        del config["a_stages"]
+    return {**config, "raster": plan.raster}
 
 
 def _plan_from_json(data: dict[str, Any]) -> Plan:

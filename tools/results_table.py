@@ -49,8 +49,8 @@ def _section(path: Path) -> str:
     lines += [
         "",
         "Means are geometric. Roofline: the longer of a plain read of the packed bytes, launch included,"
-        f" and 2mnk at {tflops:.0f} TFLOP/s. Chained: dependent launches"
-        " (`MARLIN_GEN_DEPENDENT=1`), where a kernel starts while the one before it ends; others are of plain ones."
+        f" and 2mnk at {tflops:.0f} TFLOP/s. Chained: one call"
+        " behind another as the op launches them, each starting while the one before it ends; others: plain launches."
         f" Largest relative error: {worst:.1e}.",
         "",
     ]

@@ -17,16 +17,17 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
-// CUlaunchAttribute with the one value that is used: the cluster's dimensions.
+// CUlaunchAttribute with the two values that are used: the cluster's dimensions, and whether the launch is dependent.
 struct LaunchAttribute {
   int id;
   int pad;
   union {
     unsigned cluster[3];
+    int programmatic;
     char size[64];
   };
 };
-constexpr int kClusterDimension = 4;
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
 
 // CUlaunchConfig.
 struct LaunchConfig {

@@ -39,7 +39,7 @@ bool current_stream(int device, cuda::Stream& stream) {
   return torch.aoti_torch_get_current_cuda_stream != nullptr && torch.aoti_torch_get_current_cuda_stream(device, &stream) == 0;
 }
 
-// A kernel's arguments in their order: tensor maps and pointers by value, then int32 scalars and `dependent` = 0.
+// A kernel's arguments in their order: tensor maps and pointers by value, then int32 scalars and `dependent`.
 class Arguments {
  public:
   // False when a tensor map cannot be made, or an operand is missing.
@@ -62,7 +62,7 @@ class Arguments {
       if (!made) return false;
     }
     std::memcpy(scalars_, step.scalars, sizeof(step.scalars));
-    scalars_[step.num_scalars] = 0;
+    scalars_[step.num_scalars] = int32_t(step.dependent);
     for (int i = 0; i <= step.num_scalars; ++i) addresses_[count_++] = &scalars_[i];
     return true;
   }
@@ -88,11 +88,18 @@ class Arguments {
 };
 
 bool launch(Step const& step, void** arguments, cuda::Stream stream, int device) {
-  cuda::LaunchAttribute attribute{};
-  attribute.id = cuda::kClusterDimension;
-  attribute.cluster[0] = step.cluster, attribute.cluster[1] = attribute.cluster[2] = 1;
-  cuda::LaunchConfig const config{{step.grid, 1, 1}, {step.threads, 1, 1}, step.smem_bytes,
-                                  stream,            &attribute,           step.cluster > 1 ? 1u : 0u};
+  cuda::LaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (step.cluster > 1) {
+    attributes[count].id = cuda::kClusterDimension;
+    attributes[count].cluster[0] = step.cluster, attributes[count].cluster[1] = attributes[count].cluster[2] = 1;
+    ++count;
+  }
+  if (step.dependent) {
+    attributes[count].id = cuda::kProgrammaticStreamSerialization;
+    attributes[count++].programmatic = 1;
+  }
+  cuda::LaunchConfig const config{{step.grid, 1, 1}, {step.threads, 1, 1}, step.smem_bytes, stream, attributes, count};
   cuda::Result error = cuda::driver.launch(&config, step.function, arguments, nullptr);
   // A thread in which nobody has called the CUDA runtime has no context yet.
   if (error == cuda::kInvalidContext && cuda::bind_context(device) == cuda::kSuccess)

@@ -41,6 +41,7 @@ struct Step {
   cuda::Function function;
   int64_t partials_bytes;
   uint32_t grid, threads, smem_bytes, cluster;
+  uint32_t dependent;  // 1: it may start while the kernel ahead of it on the stream ends, for which it waits
   uint32_t num_locks;
   uint32_t a_box[2], c_box[2];  // rows, columns
   uint32_t a_tail_rows;

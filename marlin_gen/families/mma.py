@@ -75,6 +75,7 @@ class MmaFamily:
             "cluster_size": (1, 2, 4) if arch.has_tma else (1,),
             "partition": ("tiles", "clusterk") if arch.has_tma else ("tiles",),
             "dequant": ("exact", "deferred"),
+            "a_stages": (0,),
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
@@ -103,6 +104,8 @@ class MmaFamily:
             return f"block_m={c.block_m} is not one of {TOKEN_TILES}"
         if not STAGES[0] <= c.num_stages <= STAGES[1]:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
+        if c.a_stages:
+            return f"a_stages={c.a_stages}: the mma family has one ring for weights and activations; use 0"
         if reason := reject_format(fmt):
             return reason
         if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_offsets):

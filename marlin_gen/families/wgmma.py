@@ -21,8 +21,8 @@ OPERANDS = ("a_map", "a_tail_map", "c_map", "weight", "scales", "bias", "partial
 
 # Good without a table: winners of the H100 recording that between them cover it.
 _DEFAULTS = tuple(
-    KernelConfig("wgmma", m, n, k, n // 16, warps_k, stages, blocks, cluster, partition, "exact")
-    for m, n, k, warps_k, stages, blocks, cluster, partition in (
+    KernelConfig("wgmma", m, n, k, n // 16, warps_k, stages, blocks, cluster, partition, "exact", *a_stages)
+    for m, n, k, warps_k, stages, blocks, cluster, partition, *a_stages in (
         (16, 64, 256, 1, 12, 1, 1, "tiles"),
         (32, 64, 256, 2, 8, 1, 1, "tiles"),
         (32, 64, 256, 2, 8, 1, 2, "clusterk"),
@@ -30,9 +30,11 @@ _DEFAULTS = tuple(
         (64, 64, 256, 1, 5, 1, 1, "tiles"),
         (64, 64, 256, 1, 5, 1, 2, "clusterk"),
         (64, 64, 256, 1, 5, 1, 1, "striped"),
+        (64, 64, 256, 2, 8, 1, 1, "tiles", 4),
         (64, 128, 256, 1, 4, 1, 1, "tiles"),
         (128, 64, 128, 1, 5, 1, 1, "tiles"),
         (128, 64, 128, 1, 5, 1, 2, "clusterk"),
+        (128, 64, 128, 2, 12, 1, 1, "tiles", 4),
         (128, 128, 128, 1, 4, 1, 1, "tiles"),
         (128, 128, 128, 1, 4, 1, 1, "striped"),
         (128, 192, 64, 1, 6, 1, 1, "tiles"),
@@ -58,6 +60,7 @@ class WgmmaFamily:
             "cluster_size": (1, 2, 4),
             "partition": ("tiles", "clusterk", "striped"),
             "dequant": ("exact",),
+            "a_stages": (0, 2, 3, 4, 6, 8),
         }
 
     def reject_reason(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> str | None:
@@ -80,11 +83,14 @@ class WgmmaFamily:
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):
             return f"block_m={c.block_m} is not 8 tokens for each of the cluster's {c.cluster_size} blocks"
-        if c.num_stages < 2 * c.warps_k:
-            return f"num_stages={c.num_stages} is less than two for each of warps_k={c.warps_k} warpgroups along k"
-        if c.num_stages % c.warps_k:
-            # A stage that goes round has phases that one of them never sees: its parity wait may pass too early.
-            return f"num_stages={c.num_stages} is not a multiple of warps_k={c.warps_k}: each stage has one warpgroup"
+        for name, stages in (("num_stages", c.num_stages), ("a_stages", c.a_stages or c.num_stages)):
+            if stages < 2 * c.warps_k:
+                return f"{name}={stages} is less than two for each of warps_k={c.warps_k} warpgroups along k"
+            if stages % c.warps_k:
+                # A stage that goes round has phases that one of them never sees: its parity wait may pass too early.
+                return f"{name}={stages} is not a multiple of warps_k={c.warps_k}: each stage has one warpgroup"
+        if c.num_stages <= c.a_stages:
+            return f"num_stages={c.num_stages} is not more than a_stages={c.a_stages}: no reason for two rings"
         if (self.smem_bytes(c, fmt) + arch.smem_reserved) * c.blocks_per_sm > arch.smem_per_sm:
             return (
                 f"{c.blocks_per_sm} blocks of {self.smem_bytes(c, fmt)} bytes of shared memory do not fit the"
@@ -150,31 +156,37 @@ class WgmmaFamily:
         c, row_tiles = config, config.block_n // 64
         groups = -(-c.block_k // fmt.group_size)
         weights = 64 * c.block_k * fmt.bits // 8 + groups * 64 * fmt.scale_bytes
-        loaded = c.block_m * c.block_k * 2 + row_tiles * weights
-        stage = -(-loaded // 1024) * 1024
+        rings = (c.a_stages or c.num_stages) * c.block_m * c.block_k * 2 + c.num_stages * row_tiles * weights
+        rings = -(-rings // 1024) * 1024
         output = row_tiles * c.block_m // c.cluster_size * 128
         sums = row_tiles * c.block_m * 64 * 4
         exchanged = sums * (c.warps_k - 1) + (sums if c.cluster_size > 1 else 0)
-        barriers = 2 * c.num_stages + (2 * row_tiles if c.cluster_size > 1 else 0)
-        return c.num_stages * stage + output + exchanged + barriers * 8
+        barriers = 2 * (c.num_stages + c.a_stages) + (2 * row_tiles if c.cluster_size > 1 else 0)
+        return rings + output + exchanged + barriers * 8
 
     def max_registers(self, config: KernelConfig, arch: Arch) -> int:
         """At launch, before setmaxnreg moves them from the producer to the consumers."""
         per_thread = arch.registers_per_sm // (self.threads(config) * config.blocks_per_sm)
         return min(per_thread // 8 * 8, arch.max_registers_per_thread)
 
-    def producer_registers(self, config: KernelConfig) -> int:
-        return 24 if self.threads(config) * config.blocks_per_sm > 512 else 40
+    def producer_registers(self, config: KernelConfig, arch: Arch) -> int:
+        """40, which its addresses need; where registers are scarce the most that costs the consumers none."""
+        if self.threads(config) * config.blocks_per_sm <= 512:
+            return 40
+        return max(p for p in (24, 32, 40) if self._left(config, arch, p) == self._left(config, arch, 24))
 
     def consumer_registers(self, config: KernelConfig, arch: Arch) -> int:
         """What is left for each consumer of what the block was launched with; asking for more would hang."""
+        return self._left(config, arch, self.producer_registers(config, arch))
+
+    def _left(self, config: KernelConfig, arch: Arch, producer: int) -> int:
         groups = self.threads(config) // WARPGROUP
-        pool = self.max_registers(config, arch) // 8 * 8 * groups - self.producer_registers(config)
+        pool = self.max_registers(config, arch) // 8 * 8 * groups - producer
         return min(pool // (groups - 1) // 8 * 8, 240)
 
     def template_values(self, spec: KernelSpec) -> dict[str, Any]:
         return {
-            "producer_registers": self.producer_registers(spec.config),
+            "producer_registers": self.producer_registers(spec.config, spec.arch_row),
             "consumer_registers": self.consumer_registers(spec.config, spec.arch_row),
         }
 

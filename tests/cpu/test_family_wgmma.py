@@ -42,6 +42,7 @@ class Case:
 
 
 TILES = "wgmma-m16n64k64-w4x1-s3-b1-c1-tiles-exact"
+TWO_RINGS = "wgmma-m16n64k64-w4x1-s5a2-b1-c1-tiles-exact"
 ROW_TILES = "wgmma-m24n128k128-w8x1-s2-b1-c1-tiles-exact"
 SPLITS_3 = "wgmma-m8n64k64-w4x3-s6-b1-c1-tiles-exact"
 CLUSTER_2 = "wgmma-m16n64k128-w4x1-s2-b1-c2-clusterk-exact"
@@ -52,6 +53,10 @@ CASES = (
     # Two warpgroups side by side, of which the last tile needs one; two token tiles walked two feature tiles at a time.
     Case(ROW_TILES, (((50, 192, 384), 3, 3, 1), ((40, 320, 256), 2, 2, 2))),
     Case("wgmma-m8n64k256-w4x1-s2-b1-c1-tiles-exact", (((9, 64, 1280), 1, 1, 1),)),
+    # A ring of activations that is shallower than that of weights, alone and where warpgroups share both.
+    Case("wgmma-m16n128k64-w8x1-s5a2-b1-c1-tiles-exact", (((20, 192, 640), 1, 1, 1),)),
+    Case("wgmma-m8n64k64-w4x2-s6a4-b1-c1-striped-exact", (((20, 128, 512), 3, 2, 1),)),
+    Case("wgmma-m16n64k64-w4x2-s8a4-b1-c2-clusterk-exact", (((20, 128, 640), 1, 1, 1),)),
     # k blocks that warpgroups share unevenly; in the first run the last ones have none.
     Case(SPLITS_3, (((8, 64, 128), 1, 1, 1), ((20, 128, 512), 2, 2, 1))),
     Case("wgmma-m16n128k128-w8x2-s4-b1-c1-tiles-exact", (((16, 128, 128), 1, 1, 1), ((33, 192, 384), 2, 1, 1))),
@@ -151,13 +156,29 @@ TOUCHED = "touched while a copy to it is under way"
 FAULTS = (
     Fault(
         "does not wait for a stage", TILES,
-        "ptx::mbarrier_wait(barriers.full(at.stage), at.phase);\n    decode<0>(at.stage);", "decode<0>(at.stage);",
+        "ptx::mbarrier_wait(barriers.full(at.stage), at.phase);", "",
         (TOUCHED, WRONG),
     ),
     Fault(
         "releases the stage it multiplies", TILES,
-        "if (last_stage >= 0) release(last_stage);\n    last_stage = at.stage;", "release(last_stage = at.stage);",
+        "if (last_stage >= 0) release(barriers.a_empty(last_stage));\n    last_stage = a_stage;",
+        "release(barriers.a_empty(last_stage = a_stage));",
         ("B of a wgmma was overwritten", "more arrivals"),
+    ),
+    Fault(
+        "does not wait for activations", TWO_RINGS,
+        "if (kOwnRing) ptx::mbarrier_wait(barriers.a_full(a_stage), a_at.phase);", "",
+        (TOUCHED, WRONG),
+    ),
+    Fault(
+        "fills a stage of activations in use", TWO_RINGS,
+        "ptx::mbarrier_wait(barriers.a_empty(at.stage), at.phase);", "",
+        ("B of a wgmma was overwritten", "mbarrier", TOUCHED, WRONG),
+    ),
+    Fault(
+        "releases weights before it reads them", TWO_RINGS, "decode<kBuffer>(at.stage);",
+        "release(barriers.empty(at.stage)); decode<kBuffer>(at.stage);",
+        (TOUCHED, "more arrivals", WRONG),
     ),
     Fault(
         "decodes into registers in use", TILES, "ptx::wgmma_wait_group<1>();", "ptx::wgmma_wait_group<2>();",
@@ -222,9 +243,9 @@ FAULTS = (
         ("deadlock",),
     ),
     Fault(
-        "loads activations of the kernel before it", TILES,
-        "ptx::griddepcontrol_wait();\n        stage = 0, first_round = false;", "stage = 0, first_round = false;",
-        ("a load of A before griddepcontrol.wait",),
+        "loads what the kernel before it writes", TILES,
+        "if (dependent) ptx::griddepcontrol_wait();  // before anything is read\n", "",
+        ("reads before griddepcontrol.wait",),
     ),
     Fault(
         "stores into what the kernel before it reads", TILES,
@@ -234,6 +255,7 @@ FAULTS = (
 )  # fmt: skip
 RUNS = {  # (m, n, k), max_clusters
     TILES: ((20, 128, 512), 2),
+    TWO_RINGS: ((20, 128, 1024), 2),
     SPLITS_3: ((20, 128, 512), 1),
     CLUSTER_2: ((20, 192, 640), 1),
     STRIPED: ((20, 128, 512), 11),

@@ -124,7 +124,7 @@ def test_records_are_laid_out_as_the_library_reads_them():
 
 def test_too_many_operands_are_refused():
     with pytest.raises(ValueError, match="13 operands"):
-        native.step_record(1, LaunchShape(1, 1, 0, 1, ("a",) * 13, ()))
+        native.step_record(1, LaunchShape(1, 1, 0, 1, ("a",) * 13, ()), 0, False)
 
 
 def run(code: str, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kDeferred;
+  static constexpr int kAStages = 0;
   // The type of activations, scales and outputs, and the weight format: see WeightFormat in formats.py.
   static constexpr bool kIsBf16 = false;
   static constexpr int kBits = 4;
@@ -246,20 +247,6 @@ struct Loader {
   }
 };
 
-// Weights are constants: the first of them come to L2 while the kernel before this one, whose output A may be, still runs.
-__device__ __forceinline__ void prefetch_weights(Share const& share, u8 const* weight) {
-  // An eighth of k, and at most what an SM reads in about 1.4 us: more would only delay the kernel before this one.
-  constexpr int kMostBytes = 32768 / Config::kBlocksPerSm;
-  int const slices = share.k / kSliceK, row_blocks = share.row_block_end - share.row_block_begin;
-  int const early = min(ceil_div(slices, 8), kMostBytes / kRowBlockBytes / max(row_blocks, 1));
-  for (int row_block = share.row_block_begin; row_block < share.row_block_end; row_block = row_block / 4 * 4 + 4) {
-    int const rows = min(share.row_block_end - row_block, 4 - row_block % 4);  // of this 64-row tile
-    u8 const* const first = weight + u64(row_block / 4) * u32(slices) * kTileBytes + row_block % 4 * kRowBlockBytes;
-    for (int slice = threadIdx.x; slice < early; slice += Config::kThreads)
-      ptx::cp_async_bulk_prefetch_l2(first + u32(slice) * kTileBytes, rows * kRowBlockBytes);
-  }
-}
-
 // B fragments of one slice: for each k16 step and 8 tokens, two registers.
 using Activations = u32[4][kTokenBlocks][2];
 
@@ -440,9 +427,8 @@ extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPe
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_bytes);
   Share const share(m, n, k, row_blocks_per_cluster);
   Loader loader(share, a, weight, scales);
-  if (dependent) {  // a plain launch does without: 0.06 us for the instructions, 0.5 us for the prefetch
+  if (dependent) {  // a plain launch does without: 0.06 us
     ptx::griddepcontrol_launch_dependents();
-    prefetch_weights(share, weight);
     ptx::griddepcontrol_wait();
   }
 

@@ -17,6 +17,7 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr marlin_gen::Partition kPartition = marlin_gen::Partition::kTiles;
   static constexpr marlin_gen::Dequant kDequant = marlin_gen::Dequant::kExact;
+  static constexpr int kAStages = 0;
   // The type of activations, scales and outputs, and the weight format: see WeightFormat in formats.py.
   static constexpr bool kIsBf16 = false;
   static constexpr int kBits = 4;
@@ -26,7 +27,7 @@ struct Config {
 
   // What the host decided: asserted below against what the kernel needs.
   static constexpr int kThreads = 256;
-  static constexpr int kSmemBytes = 143552;
+  static constexpr int kSmemBytes = 133312;
   static constexpr int kMaxRegisters = 255;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 240;
@@ -34,6 +35,8 @@ struct Config {
 // The wgmma family (sm_90a): C[m, n] = A[m, k] * dequantize(B)[n, k]^T, computed transposed, so that weights are the register operand.
 //
 // One producer thread fills a ring of stages by TMA: activations as swizzled boxes, packed weights and scales as linear copies.
+// Activations may have a ring of their own (kOwnRing): weights are free again once they are decoded, activations only when they are
+// multiplied, and are the larger part of a stage.
 // Consumer warpgroups take weights from shared memory to registers, decode them there and multiply; the next
 // stage is decoded while the wgmmas of this one run. kRowTiles warpgroups stand side by side along the features, kSplits along k:
 // those take alternate stages, so that they are in different phases, and add their sums in shared memory once per tile.
@@ -63,28 +66,32 @@ constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale
 constexpr int kQuads = Config::kBlockM / 8;    // accumulator quads of a thread: rows g, g + 8 by two tokens, per 8 tokens
 constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stores
 constexpr int kStages = Config::kNumStages;
-constexpr int kEarlyStages = 2;  // whose weights a dependent launch asks for before its activations exist
+constexpr bool kOwnRing = Config::kAStages > 0;  // activations have a ring beside that of weights
+constexpr int kAStages = kOwnRing ? Config::kAStages : kStages;
 
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
 constexpr int kSlabBytes = Config::kBlockM * 128;
 constexpr int kWeightTileBytes = 64 * 64 * Config::kBits / 8;
 constexpr int kPairBytes = Decode::Group::kBytes;  // scales of rows g and g + 8
 constexpr int kScaleTileBytes = 32 * kPairBytes;
-constexpr int kWeightsAt = kSlabs * kSlabBytes;  // inside a stage: activations first
-constexpr int kScalesAt = kWeightsAt + kRowTiles * kSlabs * kWeightTileBytes;
-constexpr int kLoadedBytes = kScalesAt + kRowTiles * kGroups * kScaleTileBytes;
-constexpr int kStageBytes = round_up(kLoadedBytes, 1024);
+constexpr int kAStageBytes = kSlabs * kSlabBytes;
+constexpr int kScalesAt = kRowTiles * kSlabs * kWeightTileBytes;  // inside a stage of weights
+constexpr int kStageBytes = kScalesAt + kRowTiles * kGroups * kScaleTileBytes;
+constexpr int kWeightsAt = kAStages * kAStageBytes;  // activations first
 constexpr int kQuadBytes = kWarpgroup * 16;  // one quad of each thread of a warpgroup, in fragment order
-constexpr int kOutputAt = kStages * kStageBytes;
+constexpr int kOutputAt = round_up(kWeightsAt + kStages * kStageBytes, 1024);
 constexpr int kOutputBytes = kStoreQuads * 8 * 128;  // 64 features of this block's tokens
 constexpr int kSplitSumsAt = kOutputAt + kRowTiles * kOutputBytes;
 constexpr int kRankSumsAt = kSplitSumsAt + kRowTiles * (kSplits - 1) * kQuads * kQuadBytes;
 constexpr int kBarriersAt = kRankSumsAt + (kRanks > 1 ? kRowTiles * kQuads * kQuadBytes : 0);
-constexpr int kNumBarriers = 2 * kStages + (kRanks > 1 ? 2 * kRowTiles : 0);
+constexpr int kRingBarriers = 2 * (kStages + (kOwnRing ? kAStages : 0));
+constexpr int kNumBarriers = kRingBarriers + (kRanks > 1 ? 2 * kRowTiles : 0);
 static_assert(kBarriersAt + kNumBarriers * 8 == Config::kSmemBytes);
 static_assert((1 + kConsumers) * kWarpgroup == Config::kThreads);
 static_assert(Config::kGroupSize % 64 == 0 || Config::kGroupSize == 32);  // a slab lies in one group, or holds two
+static_assert(kStageBytes % 128 == 0);  // of which linear copies need 16
 static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplits == 0);
+static_assert(kAStages >= 2 * kSplits && kAStages % kSplits == 0);
 
 struct Barriers {
   u32 base;
@@ -92,6 +99,10 @@ struct Barriers {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(full(stage), 1);
       ptx::mbarrier_init(empty(stage), kRowTiles * kWarpgroup);
+    }
+    for (int stage = 0; kOwnRing && stage < kAStages; ++stage) {
+      ptx::mbarrier_init(a_full(stage), 1);
+      ptx::mbarrier_init(a_empty(stage), kRowTiles * kWarpgroup);
     }
     for (int row_tile = 0; kRanks > 1 && row_tile < kRowTiles; ++row_tile) {
       ptx::mbarrier_init(sums_full(row_tile), 1);
@@ -105,10 +116,13 @@ struct Barriers {
   // arrive and wait are apart.
   __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_arrive(0, Config::kThreads); }
   __device__ void ready_sync() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_sync(0, Config::kThreads); }
-  __device__ u32 full(int stage) const { return base + stage * 8; }                                  // the producer has filled it
-  __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }                     // its consumers are done
-  __device__ u32 sums_full(int row_tile) const { return base + (2 * kStages + row_tile) * 8; }       // all ranks' sums are here
-  __device__ u32 sums_empty(int row_tile) const { return base + (2 * kStages + kRowTiles + row_tile) * 8; }  // all ranks have read theirs
+  __device__ u32 full(int stage) const { return base + stage * 8; }               // the producer has filled it
+  __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }  // its consumers are done
+  // The same of activations, in the other ring if there is one.
+  __device__ u32 a_full(int stage) const { return kOwnRing ? base + (2 * kStages + stage) * 8 : full(stage); }
+  __device__ u32 a_empty(int stage) const { return kOwnRing ? base + (2 * kStages + kAStages + stage) * 8 : empty(stage); }
+  __device__ u32 sums_full(int row_tile) const { return base + (kRingBarriers + row_tile) * 8; }  // all ranks' sums are here
+  __device__ u32 sums_empty(int row_tile) const { return base + (kRingBarriers + kRowTiles + row_tile) * 8; }  // all ranks have read theirs
 };
 
 // Named barriers; 0 is the whole block.
@@ -117,14 +131,15 @@ __device__ __forceinline__ int split_sums_full(int row_tile) { return 1 + kConsu
 __device__ __forceinline__ int split_sums_empty(int row_tile) { return 1 + kConsumers + kRowTiles + row_tile; }
 static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 16);
 
+template <int kDepth>
 struct RingPosition {
   int stage;
   u32 phase;
-  __device__ explicit RingPosition(int count) : stage(count % kStages), phase((count / kStages) & 1) {}
+  __device__ explicit RingPosition(int count) : stage(count % kDepth), phase((count / kDepth) & 1) {}
   template <int kStep>
   __device__ void advance() {
     stage += kStep;
-    if (stage >= kStages) stage -= kStages, phase ^= 1;
+    if (stage >= kDepth) stage -= kDepth, phase ^= 1;
   }
 };
 
@@ -193,15 +208,17 @@ struct Weights {
   u64 policy = ptx::createpolicy_evict_first();  // they must not push activations out of L2
 
   __device__ __forceinline__ void load(u32 stage, u32 full, int tile_n, int block) const {
-    // Each row tile in one copy: 2 KB copies are up to 15 % slower.
+    // Each row tile in one copy: 2 KB copies are up to 15 % slower. Offsets in units of 16 bytes fit 32 bits, which a producer's few
+    // registers are for.
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
       // Past the last feature tile the last is loaded again; it is not stored.
-      long long const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
-      ptx::cp_async_bulk_load(stage + kWeightsAt + row_tile * kSlabs * kWeightTileBytes,
-                              weight + (row * (k / 64) + block * kSlabs) * kWeightTileBytes, kSlabs * kWeightTileBytes, full, policy);
-      ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes,
-                              scales + (row * (k / Config::kGroupSize) + block * Config::kBlockK / Config::kGroupSize) * kScaleTileBytes,
+      u32 const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
+      u32 const weight_tile = row * u32(k / 64) + u32(block) * kSlabs;
+      u32 const scale_tile = row * u32(k / Config::kGroupSize) + u32(block * Config::kBlockK / Config::kGroupSize);
+      ptx::cp_async_bulk_load(stage + row_tile * kSlabs * kWeightTileBytes, weight + u64(weight_tile * (kWeightTileBytes / 16)) * 16,
+                              kSlabs * kWeightTileBytes, full, policy);
+      ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes, scales + u64(scale_tile * (kScaleTileBytes / 16)) * 16,
                               kGroups * kScaleTileBytes, full, policy);
     }
   }
@@ -219,42 +236,64 @@ struct Activations {
   __device__ __forceinline__ int missing_bytes(int tile_m) const { return is_tail(tile_m) ? (Config::kBlockM - tail_rows) * kSlabs * 128 : 0; }
 };
 
-__device__ __forceinline__ void produce(Activations a, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers,
-                                        bool dependent) {
-  RingPosition at(0);
+// Weights for a ring of their own, filled ahead of what `step` was called for.
+class WeightsAhead {
+ public:
+  __device__ WeightsAhead(Weights const& weights, TileOrder order, Walk walk, u32 ring, Barriers barriers)
+      : weights_(weights), order_(order), walk_(walk), ring_(ring), barriers_(barriers) {
+    at_.phase = 1;  // all stages start empty
+  }
+  // The next k block, once there is room; nothing behind the last.
+  __device__ __forceinline__ void step() {
+    if (++block_ >= end_) {
+      Piece piece;
+      if (!walk_.next(piece)) return;
+      int tile_m;
+      order_.locate(piece.tile, tile_m, tile_n_);
+      block_ = piece.first, end_ = piece.first + piece.count;
+    }
+    ptx::mbarrier_wait(barriers_.empty(at_.stage), at_.phase);
+    ptx::mbarrier_arrive_expect_tx(barriers_.full(at_.stage), kStageBytes);
+    weights_.load(ring_ + at_.stage * kStageBytes, barriers_.full(at_.stage), tile_n_, block_);
+    at_.advance<1>();
+  }
+
+ private:
+  Weights weights_;
+  TileOrder order_;
+  Walk walk_;
+  u32 ring_;
+  Barriers barriers_;
+  RingPosition<kStages> at_{0};
+  int tile_n_ = 0, block_ = 0, end_ = 0;
+};
+
+__device__ __forceinline__ void produce(Activations a, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers) {
+  WeightsAhead ahead(weights, order, walk, smem + kWeightsAt, barriers);
+#pragma unroll 1
+  for (int i = kAStages; kOwnRing && i < kStages; ++i) ahead.step();
+  RingPosition<kAStages> at(0);
   at.phase = 1;  // a fresh barrier's previous phase counts as complete: all stages start empty
-  bool first_round = dependent;
   for (Piece piece; walk.next(piece);) {
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
-    TensorMap const* const a_map = a.of(tile_m);
-    int const loaded_bytes = kLoadedBytes - a.missing_bytes(tile_m);
+    TensorMap const* const map = a.of(tile_m);
+    int const loaded_bytes = (kOwnRing ? 0 : kStageBytes) + kAStageBytes - a.missing_bytes(tile_m);
     int const end = piece.first + piece.count;
     for (int block = piece.first; block < end; ++block, at.advance<1>()) {
-      u32 const full = barriers.full(at.stage);
-      ptx::mbarrier_wait(barriers.empty(at.stage), at.phase);
+      // Weights before activations: after them is up to 6 % slower.
+      if (kOwnRing) ahead.step();
+      u32 const full = barriers.a_full(at.stage);
+      ptx::mbarrier_wait(barriers.a_empty(at.stage), at.phase);
       ptx::mbarrier_arrive_expect_tx(full, loaded_bytes);
-      weights.load(smem + at.stage * kStageBytes, full, tile_n, block);  // before the activations: after them is up to 6 % slower
-      int stage = at.stage;
-      if (first_round) {
-        // Weights are constants: the first of them do not wait for the kernel before this one, whose output A may be. Not a
-        // whole ring of them: the first activations would come 0.7 us later.
-        if (stage + 1 < kEarlyStages && block + 1 < end) continue;
-        ptx::griddepcontrol_wait();
-        stage = 0, first_round = false;
-      }
-#pragma unroll 1
-      for (; stage <= at.stage; ++stage) {
+      if (!kOwnRing) weights.load(smem + kWeightsAt + at.stage * kStageBytes, full, tile_n, block);
 #pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab) {
-          ptx::cp_async_bulk_tensor_2d_load(smem + stage * kStageBytes + slab * kSlabBytes, a_map,
-                                            ((block - at.stage + stage) * kSlabs + slab) * 64, tile_m * Config::kBlockM, barriers.full(stage));
-        }
-      }
+      for (int slab = 0; slab < kSlabs; ++slab)
+        ptx::cp_async_bulk_tensor_2d_load(smem + at.stage * kAStageBytes + slab * kSlabBytes, map, (block * kSlabs + slab) * 64,
+                                          tile_m * Config::kBlockM, full);
     }
   }
 }
-
 // One consumer warpgroup: 64 features by kBlockM tokens.
 struct Consumer {
   u32 smem;
@@ -268,8 +307,8 @@ struct Consumer {
   // fragments[kBuffer] = the decoded weights of a stage: 64 rows by kBlockK.
   template <int kBuffer>
   __device__ __forceinline__ void decode(int stage) {
-    u32 const base = smem + stage * kStageBytes;
-    u32 const weights = base + kWeightsAt + row_tile * kSlabs * kWeightTileBytes + warp * (kWeightTileBytes / 4) + lane * 16;
+    u32 const base = smem + kWeightsAt + stage * kStageBytes;
+    u32 const weights = base + row_tile * kSlabs * kWeightTileBytes + warp * (kWeightTileBytes / 4) + lane * 16;
     u32 const scales = base + kScalesAt + row_tile * kGroups * kScaleTileBytes + (warp * 8 + lane / 4) * kPairBytes;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
@@ -284,11 +323,13 @@ struct Consumer {
     }
   }
 
-  // sums += fragments[kBuffer] * the stage's activations, asynchronously.
+  // sums += fragments[kBuffer], decoded from `stage`, * a stage of activations, asynchronously.
   template <int kBuffer>
-  __device__ __forceinline__ void multiply(int stage) {
-    u64 const b = ptx::wgmma_descriptor(smem + stage * kStageBytes);
+  __device__ __forceinline__ void multiply(int stage, int a_stage) {
+    u64 const b = ptx::wgmma_descriptor(smem + a_stage * kAStageBytes);
     ptx::wgmma_fence();
+    // Not before: an arrival right behind the loads may overtake them, and what refills the stage is quick if L2 has it.
+    if (kOwnRing) release(barriers.empty(stage));
 #pragma unroll
     for (int i = 0; i < kSlabs * 4; ++i) {
       u64 const offset = (i / 4 * kSlabBytes + i % 4 * 32) / 16;
@@ -297,42 +338,50 @@ struct Consumer {
     ptx::wgmma_commit_group();
   }
 
-  // Every thread arrives, since every thread has read weights with ordinary loads: one arrival a warpgroup is no faster.
-  __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(barriers.empty(stage)); }
+  // Every thread arrives, since every thread has read weights with ordinary loads. For activations, which only wgmmas read, one
+  // arrival a warp would do: it is 1 to 3 % slower.
+  __device__ __forceinline__ void release(u32 empty) { ptx::mbarrier_arrive(empty); }
 
-  // Multiplies stage `at` while the stage after it, if there is one, is decoded into the other buffer.
+  // fragments[kBuffer] = the weights of stage `at`, once they are there.
   template <int kBuffer>
-  __device__ __forceinline__ void step(RingPosition& at, int& last_stage, bool has_next) {
-    multiply<kBuffer>(at.stage);
-    ptx::wgmma_wait_group<1>();  // the stage before is done: the registers and the stage that it read are free
-    if (last_stage >= 0) release(last_stage);
-    last_stage = at.stage;
+  __device__ __forceinline__ void take_weights(RingPosition<kStages> const& at) {
+    ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
+    decode<kBuffer>(at.stage);
+  }
+
+  // Multiplies what stage `at` held while the stage after it, if there is one, is decoded into the other buffer.
+  template <int kBuffer>
+  __device__ __forceinline__ void step(RingPosition<kStages>& at, RingPosition<kAStages>& a_at, int& last_stage, bool has_next) {
+    int const a_stage = kOwnRing ? a_at.stage : at.stage;
+    if (kOwnRing) ptx::mbarrier_wait(barriers.a_full(a_stage), a_at.phase);
+    multiply<kBuffer>(at.stage, a_stage);
+    ptx::wgmma_wait_group<1>();  // those before are done: the registers and the activations that they read are free
+    if (last_stage >= 0) release(barriers.a_empty(last_stage));
+    last_stage = a_stage;
     at.advance<kSplits>();
-    if (has_next) {
-      ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
-      decode<kBuffer ^ 1>(at.stage);
-    }
+    a_at.advance<kSplits>();
+    if (has_next) take_weights<kBuffer ^ 1>(at);
   }
 
   // sums = this warpgroup's share of `count` k blocks: stages split, split + kSplits, ...
   __device__ __forceinline__ void mainloop(int count) {
     int const mine = count > split ? (count - split + kSplits - 1) / kSplits : 0;
-    RingPosition at(loaded + split);
+    RingPosition<kStages> at(loaded + split);
+    RingPosition<kAStages> a_at(loaded + split);
     loaded += count;
 #pragma unroll
     for (int i = 0; i < kQuads * 4; ++i) sums[i] = 0.f;
     if (kSplits > 1 && mine == 0) return;
     int last_stage = -1;
-    ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
-    decode<0>(at.stage);
+    take_weights<0>(at);
     for (int i = 0;;) {
-      step<0>(at, last_stage, i + 1 < mine);
+      step<0>(at, a_at, last_stage, i + 1 < mine);
       if (++i == mine) break;
-      step<1>(at, last_stage, i + 1 < mine);
+      step<1>(at, a_at, last_stage, i + 1 < mine);
       if (++i == mine) break;
     }
     ptx::wgmma_wait_group<0>();
-    release(last_stage);
+    release(barriers.a_empty(last_stage));
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
@@ -423,16 +472,22 @@ struct Consumer {
     sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
   }
 
-  __device__ __forceinline__ void add_bias(u16 const* bias) {
-    int const g = warp * 16 + lane / 4;
-    float const bias_g = Number::low(bias[g]), bias_g8 = Number::low(bias[g + 8]);
-#pragma unroll
-    for (int j = 0; j < kStoreQuads; ++j) add(j, {bias_g, bias_g, bias_g8, bias_g8});
+  // What is added to each quad: the bias of rows g and g + 8, or zeros. No branch around the sums, which ptxas would not schedule across.
+  __device__ __forceinline__ f32x4 bias_of(u16 const* bias, int x) const {
+    int const g = x + warp * 16 + lane / 4;
+    float const bias_g = bias ? Number::low(bias[g]) : 0.f, bias_g8 = bias ? Number::low(bias[g + 8]) : 0.f;
+    return {bias_g, bias_g, bias_g8, bias_g8};
   }
 
   // The first kStoreQuads quads to C, through a swizzled box: token `y`, feature `x` of its corner.
   __device__ __forceinline__ void store(TensorMap const& c_map, u16 const* bias, int x, int y, int n) {
-    if (bias && x < n) add_bias(bias + x);
+    f32x4 const of_rows = bias_of(x < n ? bias : nullptr, x);
+    u32 numbers[kStoreQuads][2];  // made before the barrier, while it is waited for
+#pragma unroll
+    for (int j = 0; j < kStoreQuads; ++j) {
+      add(j, of_rows);
+      numbers[j][0] = Number::pack(sums[4 * j], sums[4 * j + 1]), numbers[j][1] = Number::pack(sums[4 * j + 2], sums[4 * j + 3]);
+    }
     u32 const box = smem + kOutputAt + row_tile * kOutputBytes;
     if (thread == 0) ptx::cp_async_bulk_wait_group_read();  // of the tile before
     ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
@@ -440,8 +495,7 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < kStoreQuads; ++j) {
       int const token = j * 8 + lane % 8;
-      ptx::stmatrix_x2_trans(box + token * 128 + ((chunk ^ (token % 8)) * 16), Number::pack(sums[4 * j], sums[4 * j + 1]),
-                             Number::pack(sums[4 * j + 2], sums[4 * j + 3]));
+      ptx::stmatrix_x2_trans(box + token * 128 + ((chunk ^ (token % 8)) * 16), numbers[j][0], numbers[j][1]);
     }
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
@@ -478,7 +532,10 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin
     barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
     int const tail_tile = order.tiles_m - 1;
     Activations const a{a_map, a_tail_map, tail_tile, m - tail_tile * Config::kBlockM};
-    if (warp == 0 && ptx::elect_sync()) produce(a, Weights{weight, scales, n, k}, order, walk, smem, barriers, dependent);
+    if (warp == 0 && ptx::elect_sync()) {
+      if (dependent) ptx::griddepcontrol_wait();  // before anything is read
+      produce(a, Weights{weight, scales, n, k}, order, walk, smem, barriers);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     barriers.ready_sync();

@@ -86,8 +86,9 @@ def all_launches() -> list[tuple[Plan, Problem]]:
     return found
 
 
+@pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
-def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, strided):
+def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, strided, dependent):
     """Every default plan of every family and format, full and partial token tiles, rows side by side or apart; in bf16
     and with a bias here and there."""
     launcher, library, _ = launcher_and_library
@@ -108,7 +109,8 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         bias = torch.zeros(problem.n, dtype=dtype) if problem.m % 2 else None
         locks = torch.zeros(max(shape.num_locks, 1), dtype=torch.int32)
         library.put_locks(0, fake_gpu.STREAM, locks.data_ptr(), locks.numel())
-        library.put_step(problem, 0, kernel.function.handle, shape)
+        smem_bytes = kernel.shape(plan, problem, 132)[1][dependent].sharedMemBytes
+        library.put_step(problem, 0, kernel.function.handle, shape, smem_bytes, dependent)
         before = library.launches()
         code = native.FORMAT_CODES[problem.weight_format]
         c = torch.ops.marlin_gen.gemm_no_grad(a, w.weight, w.scales, bias, code)
@@ -120,7 +122,7 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         launcher.run_with(
             kernel, plan, problem, a, w.weight, w.scales, c,
             SimpleNamespace(data_ptr=lambda partials=partials: partials), locks if shape.num_locks else None,
-            bias,
+            bias, dependent=dependent,
         )  # fmt: skip
         theirs = GPU.latest()
         assert found == fake_gpu.split(theirs, shape), plan.key
