@@ -43,7 +43,7 @@ for stage in $stages; do
     chain) MARLIN_GEN_TABLE="$table" python3 tools/chain.py --out "$table/chain.csv" ;;
     sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 28672x4096 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
     overhead) MARLIN_GEN_TABLE="$table" python3 tools/overhead.py --csv "$table/overhead.csv" ;;
-    model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --csv "$table/end_to_end.csv" ;;
+    model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --lm-head --csv "$table/end_to_end.csv" ;;
     soak) MARLIN_GEN_TABLE="$table" python3 tools/soak.py --seconds "${SOAK_SECONDS:-600}" --csv "$table/soak.csv" ;;
     results) python3 tools/results_table.py ;;
   esac
