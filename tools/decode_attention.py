@@ -7,6 +7,7 @@ same in torch.
 
 from __future__ import annotations
 
+import compiled_llama
 import torch
 import triton
 import triton.language as tl
@@ -85,3 +86,15 @@ def decode_attention(
 @decode_attention.register_fake
 def _(qkv, keys, values, cosines, sines, position):  # type: ignore[no-untyped-def]
     return qkv.new_empty(len(qkv), qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
+
+
+def checked(device: torch.device, dtype: torch.dtype) -> compiled_llama.Attention:
+    """``decode_attention``, tried once beside the same in torch; a ValueError if it computes something else."""
+    qkv, caches = (torch.randn(*size, device=device).to(dtype) for size in ((2, 24 * 128), (2, 2, 4, 160, 128)))
+    angles = torch.randn(160, 64, device=device).repeat(1, 2)
+    about = angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor([150], device=device)
+    expected = compiled_llama.attention(qkv, *caches.clone(), *about).float()
+    error = float((decode_attention(qkv, *caches, *about).float() - expected).norm() / expected.norm())
+    if not error < 0.02:  # also for NaN; bf16 that rounds at other places is some 5e-3 apart
+        raise ValueError(f"the Triton kernel for attention is {error:.1e} from torch's: use --attention torch")
+    return decode_attention

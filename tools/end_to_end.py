@@ -187,9 +187,11 @@ def measured(meter: Meter, about: Row, options: argparse.Namespace) -> Iterator[
 def run(options: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     device = torch.device(options.device)
-    attend: Any = compiled_llama.attention
-    if options.attention == "triton":
-        from decode_attention import decode_attention as attend
+    attend = compiled_llama.attention
+    if options.attention == "triton" and "compiled" in options.ways:
+        from decode_attention import checked
+
+        attend = checked(device, getattr(torch, options.dtype))
     model, began = built(options.model, getattr(torch, options.dtype), device), time.monotonic()
     rows: list[Row] = []
     dense: dict[tuple[str, str, int], float] = {}

@@ -72,7 +72,8 @@ INTERPRETED = """
 import sys
 sys.path[:0] = sys.argv[1:]
 import torch, compiled_llama as llama
-from decode_attention import decode_attention
+from decode_attention import checked
+decode_attention = checked(torch.device("cpu"), torch.float16)
 for batch, kv_heads, group, position in ((1, 8, 4, 150), (2, 2, 1, 128), (2, 3, 3, 5), (1, 1, 16, 0)):
     torch.manual_seed(position)
     qkv = torch.randn(batch, kv_heads * (group + 2) * 32)
