@@ -1,8 +1,7 @@
 """One Triton kernel for what stands between q/k/v and o of a decode step: rotary embedding, the cache, attention.
 
-Serving engines have such a kernel. Inductor makes five or six kernels of it, of 1.8 us and more each in an H100's CUDA graph,
-which is as much as a 4-bit product takes at batch 1. Importing this needs triton; ``compiled_llama.attention`` is the
-same in torch.
+Serving engines have such a kernel. Inductor makes five or six of it; each takes 1.8 us or more in an H100's CUDA graph,
+about half of a 4-bit product at batch 1. Importing this needs triton; ``compiled_llama.attention`` is it in torch.
 """
 
 from __future__ import annotations
