@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from marlin_gen import whole_files
 
 Row = TypeVar("Row")
 
@@ -26,13 +28,12 @@ def columns_of(row_type: type[Any]) -> tuple[str, ...]:
 def write(path: Path, row_type: type[Row], rows: Iterable[Row], digits: int) -> None:
     """Floats with ``digits`` significant digits, None as an empty cell; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns_of(row_type))
-        for row in rows:
-            writer.writerow(_text(getattr(row, name), digits) for name in columns_of(row_type))
-    os.replace(temporary, path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns_of(row_type))
+    for row in rows:
+        writer.writerow(_text(getattr(row, name), digits) for name in columns_of(row_type))
+    whole_files.write(path, text.getvalue().encode())
 
 
 def read(path: Path, row_type: type[Row], what: str) -> list[Row]:

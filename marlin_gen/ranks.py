@@ -53,7 +53,10 @@ def check_ranks(group: Any = None, device: torch.device | str | int | None = Non
     except Exception as error:  # the other ranks wait for this one's answer all the same
         mine, failure = _NONE, error
     # As bytes: gathering objects would unpickle what other ranks send.
-    on = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
+    on = torch.device("cpu")
+    if distributed.get_backend(group) == "nccl":  # which gathers on the rank's own GPU: the current one, or ``device``
+        asked = torch.device("cuda" if device is None else device)
+        on = asked if asked.type == "cuda" else torch.device("cuda")
     own = torch.tensor(list(bytes.fromhex(mine)), dtype=torch.uint8, device=on)
     everyone = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(everyone, own, group=group)

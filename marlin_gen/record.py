@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
@@ -75,6 +76,10 @@ class Recording:
 
     def problems(self) -> list[Problem]:
         return sorted({m.problem for m in self.measurements})
+
+    def kernels_tried(self) -> Counter[Problem]:
+        """How many configs were timed for each problem."""
+        return Counter(problem for problem, _ in {(m.problem, m.plan.config) for m in self.measurements})
 
 
 class MeasurementLog:

@@ -36,14 +36,14 @@ for stage in $stages; do
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --csv "$table/bench.csv" ;;
     tests) MARLIN_GEN_TABLE="$table" python3 -m pytest -q tests/gpu ;;
     cliffs) python3 tools/offgrid.py cliffs --table "$table" --csv "$table/cliffs.csv" ;;
-    regret)
-      python3 -m marlin_gen tune $(python3 tools/offgrid.py regret --shapes) --tokens 1,8,32,64,128,512,2048 --budget 5m --out "$unseen"
+    regret) # 2.5 minutes. The search begins with defaults and the table's own winners; regret.csv says how many it tried.
+      MARLIN_GEN_TABLE="$table" python3 -m marlin_gen tune $(python3 tools/offgrid.py regret --shapes) --tokens 1,16,64,512 --budget 110s --out "$unseen" --record
       python3 tools/offgrid.py regret --table "$table" --tuned "$unseen/$(slug)" --csv "$table/regret.csv"
       ;;
     chain) MARLIN_GEN_TABLE="$table" python3 tools/chain.py --out "$table/chain.csv" ;;
     sustained) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --shapes 28672x4096 --tokens 4096 --sustained 60 --csv "$table/sustained.csv" ;;
     overhead) MARLIN_GEN_TABLE="$table" python3 tools/overhead.py --csv "$table/overhead.csv" ;;
-    model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --csv "$table/end_to_end.csv" ;;
+    model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --lm-head --csv "$table/end_to_end.csv" ;;
     soak) MARLIN_GEN_TABLE="$table" python3 tools/soak.py --seconds "${SOAK_SECONDS:-600}" --csv "$table/soak.csv" ;;
     results) python3 tools/results_table.py ;;
   esac

@@ -1,7 +1,7 @@
 """Times what a dispatch table promises beyond its own rows: between its token counts, at other shapes, on another GPU.
 
     python tools/offgrid.py cliffs --table tuned/<gpu> --csv cliffs.csv
-    marlin-gen tune $(python tools/offgrid.py regret --shapes) --out unseen
+    marlin-gen tune $(python tools/offgrid.py regret --shapes) --out unseen --record
     python tools/offgrid.py regret --table tuned/<gpu> --tuned unseen/<gpu> --csv regret.csv
     python tools/offgrid.py transfer --from tuned/<gpu> --tuned tuned/<this gpu> --csv transfer.csv
 
@@ -16,26 +16,29 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from plan_timer import Question, Timer
 
 from marlin_gen import csv_rows
 from marlin_gen.arch import Gpu
 from marlin_gen.bench import geomean
 from marlin_gen.cli import gpus
-from marlin_gen.cli.bench import artifacts_of
-from marlin_gen.cli.console import note, out
+from marlin_gen.cli.console import out
 from marlin_gen.cli.progress import cells_progress
 from marlin_gen.cli.root import USER_ERRORS
-from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.dispatch import Choice, Dispatcher
+from marlin_gen.dispatch import Dispatcher
 from marlin_gen.families import FAMILIES
-from marlin_gen.measurement import Job, Measurement, Measurer
 from marlin_gen.problem import Problem
+from marlin_gen.record import load_recording
+from marlin_gen.replay import recording_name
 from marlin_gen.table import FILE_NAME, DispatchTable
 
 OFF_GRID = (3, 5, 12, 17, 24, 33, 48, 65, 100, 200, 300, 1000, 3000)  # m; tables have powers of two
@@ -52,7 +55,6 @@ UNSEEN_SHAPES = (
     (43008, 5376),  # Gemma 3 27B, gate_up_proj
     (16384, 3072),  # Phi-3 mini, gate_up_proj
 )
-FINALISTS = 3  # of more plans, those that a quick timing finds fastest
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Cliff(Cell):
 class Regret(Cell):  # what the look-up gives at a shape that its table lacks, beside what a tune found there
     tuned_us: float
     tuned_config: str
+    tried: int  # kernels that the tune timed there; 0 where its recording does not lie beside its table
     regret: float  # us / tuned_us; 1.0 = nothing lost
 
 
@@ -92,58 +95,6 @@ class Transfer(Cell):  # the best of another GPU's winners, beside what a tune f
 LIMITS = {Cliff: 1.10, Regret: 1.15, Transfer: 1.15}  # the summary counts what is above
 
 
-@dataclass(frozen=True)
-class Question:
-    """How much longer does the best of ``plans`` take on ``problem`` than ``other_plan`` on ``other``?"""
-
-    problem: Problem
-    plans: Sequence[Plan]
-    other: Problem  # interleaved where it is the same problem, else timed right after
-    other_plan: Plan
-
-
-class Timer:
-    """Times the plans that are asked about; the kernels that ``tables`` lack are compiled first."""
-
-    def __init__(self, measurer: Measurer, tables: list[DispatchTable], asked: list[Question], scratch: Path) -> None:
-        self.measurer = measurer
-        # A cubin runs on every GPU of its target, whichever one its table was measured on.
-        finder = Dispatcher(measurer.gpu, [replace(table, gpu=measurer.gpu) for table in tables])
-        specs = {self.spec(q.problem, plan): plan for q in asked for plan in q.plans}
-        specs |= {self.spec(q.other, q.other_plan): q.other_plan for q in asked}
-        choices = [Choice(plan, spec, "", finder.locate(spec)) for spec, plan in specs.items()]
-        self.compiled = sum(choice.kernel is None for choice in choices)
-        note(f"{len(choices)} kernels, {self.compiled} to compile")
-        self.artifacts = artifacts_of(choices, finder, scratch)
-
-    def spec(self, problem: Problem, plan: Plan) -> KernelSpec:
-        return KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.measurer.gpu.arch.name)
-
-    def finals(self, problem: Problem, plans: Iterable[Plan]) -> dict[Plan, float]:
-        """Microseconds of each, interleaved; those that fail are left out."""
-        entries = [(self.artifacts[self.spec(problem, plan)], plan) for plan in dict.fromkeys(plans)]
-        return _times(self.measurer.finals(problem, entries))
-
-    def answer(self, q: Question) -> tuple[Plan, float, float] | None:
-        """The best plan, its microseconds and those of the other; None where there is no time of one of them."""
-        plans, same = q.plans, q.other == q.problem
-        if len(plans) > FINALISTS:
-            jobs = [Job(self.artifacts[self.spec(q.problem, plan)], (plan,), q.problem) for plan in plans]
-            quick = _times(self.measurer.screen(jobs))
-            plans = sorted(quick, key=quick.__getitem__)[:FINALISTS]
-        us = self.finals(q.problem, [*plans, q.other_plan] if same else plans)
-        other_us = us if same else self.finals(q.other, [q.other_plan])
-        best = min((plan for plan in plans if plan in us), key=us.__getitem__, default=None)
-        return (best, us[best], other_us[q.other_plan]) if best and q.other_plan in other_us else None
-
-
-def _times(rows: Iterable[Measurement]) -> dict[Plan, float]:
-    found = list(rows)
-    for row in (row for row in found if not row.ok):
-        note(f"failed: {row.problem} {row.plan.key}: {row.status} {row.detail}".rstrip())
-    return {row.plan: row.us for row in found if row.ok and row.us}
-
-
 def answers(row_type: Any, questions: list[Question], timer: Timer, path: Path) -> list[Any]:
     """The rows; the file is written after each, so that it can be read at any time."""
     rows: list[Any] = []
@@ -152,7 +103,8 @@ def answers(row_type: Any, questions: list[Question], timer: Timer, path: Path) 
             p, found = q.problem, timer.answer(q)
             if found:
                 plan, us, other_us = found
-                other = (q.other.m, other_us) if row_type is Cliff else (other_us, q.other_plan.key)
+                other: tuple[Any, ...] = (q.other.m, other_us) if row_type is Cliff else (other_us, q.other_plan.key)
+                other += (q.tried,) if row_type is Regret else ()
                 rows.append(row_type(p.n, p.k, p.m, us, plan.key, *other, us / other_us))
                 csv_rows.write(path, row_type, rows, digits=4)
             advance(f"{p.n}x{p.k} m={p.m}: {f'{us / other_us:.3f}' if found else 'no time'}")
@@ -166,9 +118,11 @@ def summary(rows: Sequence[Any], asked: int) -> str:
     column, limit = csv_rows.columns_of(type(rows[0]))[-1], LIMITS[type(rows[0])]
     ratios = [getattr(row, column) for row in rows]
     at = rows[ratios.index(max(ratios))]
+    tried = [row.tried for row in rows if isinstance(row, Regret)]
+    effort = f", beside the best of {min(tried)} to {max(tried)} kernels" if any(tried) else ""
     return (
         f"{column}: {len(rows)} of {asked} cells, geomean {geomean(ratios):.3f}, worst {max(ratios):.3f} at"
-        f" {at.n}x{at.k} m={at.m}, {sum(ratio > limit for ratio in ratios)} above {limit:.2f}"
+        f" {at.n}x{at.k} m={at.m}, {sum(ratio > limit for ratio in ratios)} above {limit:.2f}{effort}"
     )
 
 
@@ -190,9 +144,13 @@ def regret(gpu: Gpu, table: DispatchTable, tuned: DispatchTable) -> Iterator[Que
     """Every row of ``tuned`` whose shape ``table`` has not seen."""
     dispatcher = Dispatcher(gpu, [table])
     seen = {(row.problem.n, row.problem.k) for row in table.rows}
+    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in tuned.rows})
+    recordings = [path for kind in kinds if (path := tuned.folder / recording_name(*kind)).exists()]
+    tried = sum((load_recording(path).kernels_tried() for path in recordings), Counter[Problem]())
     for row in tuned.rows:
         if (row.problem.n, row.problem.k) not in seen:
-            yield Question(row.problem, [next(dispatcher.choose(row.problem)).plan], row.problem, row.plan)
+            plan = next(dispatcher.choose(row.problem)).plan
+            yield Question(row.problem, [plan], row.problem, row.plan, tried[row.problem])
 
 
 def transfer(gpu: Gpu, table: DispatchTable, tuned: DispatchTable) -> Iterator[Question]:

@@ -11,21 +11,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import marlin_gen
-from marlin_gen import cuda_op, native, op
+from marlin_gen import csv_rows, cuda_op, native, op
 from marlin_gen.problem import Problem
 
 CALLS = 100  # of a batch: the launch queue holds ten times as many
-FIELDS = ("n", "k", "m", "mode", "call", "median_us", "low_us", "high_us", "over_linear")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: microseconds of one call, the median batch and its deciles."""
+
+    n: int
+    k: int
+    m: int
+    mode: str  # grad or inference
+    call: str
+    median_us: float
+    low_us: float
+    high_us: float
+    over_linear: float
 
 
 @contextlib.contextmanager
@@ -77,7 +91,7 @@ def variants(n: int, k: int, m: int) -> dict[str, Variant]:
     return found
 
 
-def measure(n: int, k: int, m: int, rounds: int) -> list[dict[str, object]]:
+def measure(n: int, k: int, m: int, rounds: int) -> list[Row]:
     rows = []
     for mode in (contextlib.nullcontext, torch.inference_mode):
         made = variants(n, k, m)
@@ -94,8 +108,7 @@ def measure(n: int, k: int, m: int, rounds: int) -> list[dict[str, object]]:
             deciles = statistics.quantiles(spent, n=10)
             median = statistics.median(spent)
             where = "inference" if mode is torch.inference_mode else "grad"
-            values = (n, k, m, where, name, median, deciles[0], deciles[-1], median / linear)
-            rows.append(dict(zip(FIELDS, values, strict=True)))
+            rows.append(Row(n, k, m, where, name, median, deciles[0], deciles[-1], median / linear))
     return rows
 
 
@@ -107,25 +120,22 @@ def main() -> int:
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     n, k = map(int, arguments.shape.split("x"))
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for m in map(int, arguments.tokens.split(",")):
         rows += measure(n, k, m, arguments.rounds)
+        if arguments.csv:
+            csv_rows.write(arguments.csv, Row, rows, digits=5)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}; n={n} k={k}")
     for row in rows:
         print(
-            f"m={row['m']:<3} {row['mode']:<9} {row['call']:<43} {row['median_us']:6.2f} us"
-            f" ({row['low_us']:.2f}-{row['high_us']:.2f})  {row['over_linear']:.2f} of linear"
+            f"m={row.m:<3} {row.mode:<9} {row.call:<43} {row.median_us:6.2f} us"
+            f" ({row.low_us:.2f}-{row.high_us:.2f})  {row.over_linear:.2f} of linear"
         )
     found = native.library()
     for m in map(int, arguments.tokens.split(",")) if found else ():
         print(f"m={m:<3} look-up {found.lookup_ns(Problem(n, k, m), torch.cuda.current_device()):.0f} ns")
     if not found:
         print("no native launcher: see MARLIN_GEN_LOG=info")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return 0
 
 

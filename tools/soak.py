@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -31,12 +32,14 @@ from marlin_gen import csv_rows  # noqa: E402
 from marlin_gen.formats import DTYPES, FORMATS, dtype  # noqa: E402
 from marlin_gen.layout import PackedWeight  # noqa: E402
 from marlin_gen.operands import random_weight  # noqa: E402
+from marlin_gen.problem import Problem  # noqa: E402
 from marlin_gen.reference import gemm_reference  # noqa: E402
 
 KINDS = (("u4b8g128", "f16"), ("u4b8g128", "bf16"), ("u4zg64", "f16"), ("u4mg32", "bf16"), ("u8b128g128", "f16"))
 CUDA_SHAPES = ((4096, 4096), (6144, 4096), (4096, 14336), (192, 384), (28672, 4096))
 CPU_SHAPES = ((64, 128), (192, 384), (128, 640))
 TOKENS = (1, 2, 7, 16, 33, 64, 100, 256, 500)
+END_SECONDS = 30.0  # for the last products
 CHECK_ONE_IN = 16  # results compared; comparing waits for the stream
 HOST_GROWTH_MB, DEVICE_GROWTH_MB = 64.0, 32.0  # allowed after the first fifth of the time
 
@@ -63,27 +66,46 @@ class Row:
     device_mb: float  # in use on the device, by anyone
 
 
+def problems(device: torch.device) -> Iterator[Problem]:
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for i, (n, k) in enumerate(shapes):
+        for name, act in KINDS:
+            for m in TOKENS[i % 2 :: 2]:
+                yield Problem(n, k, m, name, act)
+
+
+def compile_kernels(device: torch.device) -> int:
+    """All that no table ships, at once; one by one, as products ask for them, they would take minutes. How many."""
+    from marlin_gen.compile import compile_all
+    from marlin_gen.render import render
+    from marlin_gen.serve import Server
+
+    choices = [next(Server.of(device).dispatcher.choose(problem)) for problem in problems(device)]
+    missing = {choice.spec for choice in choices if choice.kernel is None}
+    compile_all([render(spec) for spec in sorted(missing, key=lambda spec: spec.key)])
+    return len(missing)
+
+
 def products(device: torch.device) -> list[Product]:
     """Made once; a ValueError if a first result is not that of the reference."""
     made = []
     generator = torch.Generator(device).manual_seed(0)
-    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
-    for i, (n, k) in enumerate(shapes):
-        for name, act in KINDS:
-            number = getattr(torch, DTYPES[act].torch_name)
-            codes, scales = random_weight(n, k, FORMATS[name], number, device, generator)
-            packed = marlin_gen.pack(codes, scales, name)
-            for m in TOKENS[i % 2 :: 2]:
-                a = torch.randn(m, k, device=device, generator=generator).to(number)
-                bias = torch.randn(n, device=device, generator=generator).to(number) if m % 2 else None
-                c = marlin_gen.gemm(a, packed, bias)
-                reference = gemm_reference(a, codes, scales, name, bias)
-                error = float((c.float() - reference).norm() / reference.norm())
-                if not error < dtype(act).error_limit:
-                    raise ValueError(f"{n}x{k} m={m} {name} {act}: relative error {error:.1e} before the soak began")
-                made.append(Product(a, packed, bias, c))
+    for (n, k, name, act), group in groupby(problems(device), lambda p: (p.n, p.k, p.weight_format, p.act_dtype)):
+        number = getattr(torch, DTYPES[act].torch_name)
+        codes, scales = random_weight(n, k, FORMATS[name], number, device, generator)
+        packed = marlin_gen.pack(codes, scales, name)
+        for m in (problem.m for problem in group):
+            a = torch.randn(m, k, device=device, generator=generator).to(number)
+            bias = torch.randn(n, device=device, generator=generator).to(number) if m % 2 else None
+            c = marlin_gen.gemm(a, packed, bias)
+            reference = gemm_reference(a, codes, scales, name, bias)
+            error = float((c.float() - reference).norm() / reference.norm())
+            if not error < dtype(act).error_limit:
+                raise ValueError(f"{n}x{k} m={m} {name} {act}: relative error {error:.1e} before the soak began")
+            made.append(Product(a, packed, bias, c))
     if device.type == "cuda":
         torch.cuda.synchronize()  # the threads' streams do not wait for this one
+        torch.cuda.empty_cache()  # what references took would stay this stream's
     return made
 
 
@@ -121,8 +143,12 @@ class Soak:
             time.sleep(min(every, max(seconds - spent, 0.0)))
             yield self._row(time.monotonic() - began)
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        for index, thread in enumerate(self._threads):
+            thread.join(END_SECONDS)
+            if thread.is_alive():
+                self.errors.append(
+                    f"thread {index}: no end after {END_SECONDS:.0f} s: a kernel hangs, or a lock is held"
+                )
         yield self._row(time.monotonic() - began)
 
     def _row(self, spent: float) -> Row:
@@ -154,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args(arguments)
-    soak, rows = Soak(torch.device(options.device), options.threads), []
+    device, began = torch.device(options.device), time.monotonic()
+    compiled = compile_kernels(device) if device.type == "cuda" else 0
+    soak, rows = Soak(device, options.threads), []
+    spent = time.monotonic() - began
+    print(f"{len(soak.products)} products, {compiled} kernels compiled: {spent:.0f} s before the soak", flush=True)
     for row in soak.rows(options.seconds):
         rows.append(row)
         print(", ".join(f"{key} {value:.0f}" for key, value in asdict(row).items()), flush=True)

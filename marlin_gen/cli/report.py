@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from marlin_gen import env
+from marlin_gen import env, whole_files
 from marlin_gen.cli.console import note
 
 
@@ -29,9 +28,7 @@ def report(
         fix = "pip install 'marlin_gen[report]'"
         raise ValueError(f"report draws with matplotlib, which is not installed: {fix}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(page.render(gpus), encoding="utf-8")
-    os.replace(temporary, out)
+    whole_files.write(out, page.render(gpus).encode())
     note(f"{', '.join(found.table.gpu.slug for found in gpus)}: written to {out}")
     if png:
         for found in gpus:

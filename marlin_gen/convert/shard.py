@@ -128,7 +128,7 @@ def is_intact(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
+    """A small file, whole or not at all: beside it only ever a .part, which the next run removes."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -165,7 +165,7 @@ def test_regret_compares_the_look_up_with_the_tune_at_unseen_shapes_only(device,
     table = part(tmp_path / "table", lambda p: not is_unseen(p))
     said = run(capsys, "regret", "--table", tmp_path / "table", "--tuned", SHIPPED, "--csv", path)
     rows = csv_rows.read(path, offgrid.Regret, "regret")
-    assert path.read_text().splitlines()[0] == "n,k,m,us,config,tuned_us,tuned_config,regret"
+    assert path.read_text().splitlines()[0] == "n,k,m,us,config,tuned_us,tuned_config,tried,regret"
     tuned = {row.problem: row.plan for row in DispatchTable.load(SHIPPED).rows if is_unseen(row.problem)}
     assert [Problem(r.n, r.k, r.m) for r in rows] == list(tuned)
     dispatcher = Dispatcher(synthetic.H100, [table])
@@ -175,7 +175,11 @@ def test_regret_compares_the_look_up_with_the_tune_at_unseen_shapes_only(device,
         assert (r.config, r.tuned_config) == (chosen.key, tuned[problem].key)
         assert r.regret == pytest.approx(r.us / r.tuned_us, rel=1e-2)
     assert any(r.config != r.tuned_config for r in rows)
-    assert said[0].startswith("regret: 13 of 13 cells, geomean") and said[0].endswith("above 1.15")
+    timed = {(m.problem, m.plan.config) for m in find_recording("h100").measurements}
+    assert [r.tried for r in rows] == [sum(problem == at for problem, _ in timed) for at in tuned]
+    fewest, most = min(r.tried for r in rows), max(r.tried for r in rows)
+    assert said[0].startswith("regret: 13 of 13 cells, geomean") and fewest > 10
+    assert said[0].endswith(f"above 1.15, beside the best of {fewest} to {most} kernels")
 
 
 def test_regret_replays_the_shipped_recording(device, tmp_path, capsys):
