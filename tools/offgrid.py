@@ -36,10 +36,12 @@ from marlin_gen.cli.progress import cells_progress
 from marlin_gen.cli.root import USER_ERRORS
 from marlin_gen.dispatch import Dispatcher
 from marlin_gen.families import FAMILIES
+from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.problem import Problem
 from marlin_gen.record import load_recording
 from marlin_gen.replay import recording_name
 from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table_row import TableRow
 
 OFF_GRID = (3, 5, 12, 17, 24, 33, 48, 65, 100, 200, 300, 1000, 3000)  # m; tables have powers of two
 # (n, k) that neither llama-3.1-8b nor 8192x8192 and 28672x8192 cover. Projections are fused as in models.py.
@@ -126,11 +128,17 @@ def summary(rows: Sequence[Any], asked: int) -> str:
     )
 
 
+def rows_of(table: DispatchTable) -> list[TableRow]:
+    """Those of the default formats: others have kernels of their own, and the files here no column for them."""
+    kind = DEFAULT_FORMAT, DEFAULT_DTYPE
+    return [row for row in table.rows if (row.problem.weight_format, row.problem.act_dtype) == kind]
+
+
 def cliffs(gpu: Gpu, table: DispatchTable) -> Iterator[Question]:
     """Every shape at every off-grid m, and at the next larger m of its rows."""
     dispatcher = Dispatcher(gpu, [table])
     grids: dict[Problem, list[int]] = {}  # by the shape without tokens; rows are sorted
-    for row in table.rows:
+    for row in rows_of(table):
         grids.setdefault(replace(row.problem, m=0), []).append(row.problem.m)
     for shape, grid in grids.items():
         for m in OFF_GRID:
@@ -143,11 +151,10 @@ def cliffs(gpu: Gpu, table: DispatchTable) -> Iterator[Question]:
 def regret(gpu: Gpu, table: DispatchTable, tuned: DispatchTable) -> Iterator[Question]:
     """Every row of ``tuned`` whose shape ``table`` has not seen."""
     dispatcher = Dispatcher(gpu, [table])
-    seen = {(row.problem.n, row.problem.k) for row in table.rows}
-    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in tuned.rows})
-    recordings = [path for kind in kinds if (path := tuned.folder / recording_name(*kind)).exists()]
-    tried = sum((load_recording(path).kernels_tried() for path in recordings), Counter[Problem]())
-    for row in tuned.rows:
+    seen = {(row.problem.n, row.problem.k) for row in rows_of(table)}
+    path = (tuned.folder or Path()) / recording_name(DEFAULT_FORMAT, DEFAULT_DTYPE)
+    tried = load_recording(path).kernels_tried() if path.exists() else Counter[Problem]()
+    for row in rows_of(tuned):
         if (row.problem.n, row.problem.k) not in seen:
             plan = next(dispatcher.choose(row.problem)).plan
             yield Question(row.problem, [plan], row.problem, row.plan, tried[row.problem])
@@ -155,8 +162,8 @@ def regret(gpu: Gpu, table: DispatchTable, tuned: DispatchTable) -> Iterator[Que
 
 def transfer(gpu: Gpu, table: DispatchTable, tuned: DispatchTable) -> Iterator[Question]:
     """Every row of ``tuned``, with all plans of ``table`` that can serve it."""
-    plans = dict.fromkeys(row.plan for row in table.rows)
-    for row in tuned.rows:
+    plans = dict.fromkeys(row.plan for row in rows_of(table))
+    for row in rows_of(tuned):
         usable = [p for p in plans if not FAMILIES.of(p.config).reject_problem(p.config, row.problem)]
         yield Question(row.problem, usable, row.problem, row.plan)
 

@@ -79,10 +79,10 @@ def device(monkeypatch):
 
 
 def part(folder, wanted, gpu=None):
-    """The shipped table with the rows that ``wanted`` lets through, as if measured on ``gpu``."""
+    """The shipped table with the default formats' rows that ``wanted`` lets through, as if measured on ``gpu``."""
     shutil.copytree(SHIPPED, folder)
     table = DispatchTable.load(folder)
-    rows = tuple(row for row in table.rows if wanted(row.problem))
+    rows = tuple(row for row in offgrid.rows_of(table) if wanted(row.problem))
     return replace(table, rows=rows, gpu=gpu or table.gpu).write(folder)
 
 
@@ -166,7 +166,7 @@ def test_regret_compares_the_look_up_with_the_tune_at_unseen_shapes_only(device,
     said = run(capsys, "regret", "--table", tmp_path / "table", "--tuned", SHIPPED, "--csv", path)
     rows = csv_rows.read(path, offgrid.Regret, "regret")
     assert path.read_text().splitlines()[0] == "n,k,m,us,config,tuned_us,tuned_config,tried,regret"
-    tuned = {row.problem: row.plan for row in DispatchTable.load(SHIPPED).rows if is_unseen(row.problem)}
+    tuned = {row.problem: row.plan for row in offgrid.rows_of(DispatchTable.load(SHIPPED)) if is_unseen(row.problem)}
     assert [Problem(r.n, r.k, r.m) for r in rows] == list(tuned)
     dispatcher = Dispatcher(synthetic.H100, [table])
     for r, (problem, plans) in zip(rows, measurer.rounds, strict=True):
