@@ -117,12 +117,17 @@ class Launcher:
         """The one launcher of a device."""
         return cls(device_index)
 
-    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None) -> Kernel:
-        """Load a cubin; a LaunchError when it is not one, has another hash, lacks the symbol, or cannot be resident."""
+    def load(
+        self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None, ptx: str | None = None
+    ) -> Kernel:
+        """Load a cubin, or ``ptx`` (``driver.load``).
+
+        A LaunchError when it is neither, has another hash, lacks the symbol, or cannot be resident.
+        """
         family = FAMILIES.of(spec.config)
         threads, smem = family.threads(spec.config), family.smem_bytes(spec.config, spec.format_row)
         with torch.cuda.device(self.device_index):
-            function = driver.load(cubin, symbol, spec.arch_row.smem_per_block, sha256)
+            function = driver.load(cubin, symbol, spec.arch_row.smem_per_block, sha256, ptx=ptx)
             resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
         if resident < 1:
             raise LaunchError(
@@ -145,7 +150,8 @@ class Launcher:
             self._thread.has_context = True
         shape, _ = kernel.shape(plan, problem, self.gpu.num_sms)
         partials, locks = self.workspace.take(shape, torch.cuda.current_stream(self.device_index).cuda_stream)
-        dependent = self.can_depend and self._settled(weight, scales)
+        # A kernel for older GPUs does not wait for the one ahead.
+        dependent = self.can_depend and kernel.spec.arch_row.has_tma and self._settled(weight, scales)
         self.run_with(kernel, plan, problem, a, weight, scales, out, partials, locks, bias, dependent=dependent)
 
     def run_with(
