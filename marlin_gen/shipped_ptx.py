@@ -99,8 +99,8 @@ def parse(content: bytes) -> Mapping[str, PtxKernel]:
     for key, entry in take(data, "kernels", dict).items():
         symbol, source, text = (take(entry, field, str) for field in ("symbol", "source", "ptx"))
         check_form("symbol", symbol)
-        if "\0" in text:
-            raise FieldError(f"{key:.120}: its PTX holds a NUL")
+        if not text.isascii() or "\0" in text:
+            raise FieldError(f"{key:.120}: its PTX is not ASCII text")
         kernels[key] = PtxKernel(symbol, source, text)
     return kernels
 

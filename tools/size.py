@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250, ".cpp": 250, ".h": 250}  # lines a file
-TOTAL = 18000  # lines of everything but tests: 12500 until transformers and export, 16500 until the native launcher
+# Lines of everything but tests: 12500 until transformers and export, 16500 until the native launcher, 18000 until PTX
+# and the gather kernel.
+TOTAL = 18700
 
 
 def tracked() -> list[Path]:

@@ -15,16 +15,17 @@ import tables
 import torch
 
 import marlin_gen
-from marlin_gen import cuda_op, driver, native, serve
+from marlin_gen import cuda_op, driver, first_use, native, serve, toolchain
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Dispatcher
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import FAMILIES, ptx_plan
 from marlin_gen.formats import FORMATS
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.layout import PackedWeight
 from marlin_gen.problem import Problem
 from marlin_gen.serve import Server, ServeWarning
+from marlin_gen.shipped_ptx import shipped_ptx
 
 N, K = 256, 512
 GPU = fake_gpu.FakeGpu(Path(__file__).parent / "libcuda.so.1")  # cases.py is copied beside it
@@ -241,6 +242,53 @@ def test_a_thread_without_a_context_gets_torchs(server, launcher_and_library):
     GPU.library.fake_set_context(None)
     call(activations(2, K), w)
     assert library.launches() == before + 1 and GPU.library.fake_context() == 0xC0
+
+
+class TestPtx:
+    """Kernels that ship as PTX, where there is neither table nor compiler."""
+
+    @pytest.fixture
+    def untuned(self, launcher_and_library, monkeypatch) -> Server:
+        launcher, found, _ = launcher_and_library
+
+        def no_compiler():
+            raise toolchain.ToolchainError("no compiler")
+
+        monkeypatch.setattr(first_use, "find_toolchain", no_compiler)
+        made = Server(0, launcher, Dispatcher(tables.H100, [], ptx=shipped_ptx()))
+        monkeypatch.setattr(serve, "_server", lambda index: made)
+        made.launch_natively(found)
+        return made
+
+    def announce(self, m: int):
+        problem = Problem(N, K, m)
+        shape = FAMILIES.rows["mma"].launch_shape(ptx_plan(problem, tables.H100), problem, 132, 132)
+        GPU.announce("mma", fake_gpu.argument_sizes(shape))
+        return shape
+
+    def test_both_launchers_run_them(self, untuned, launcher_and_library):
+        library, w = launcher_and_library[1], packed()
+        with pytest.warns(ServeWarning, match=r"no compiler. Untuned kernels serve instead, such as mma-.* \(ptx\)"):
+            for m in (1, 17, 100):
+                shape = self.announce(m)
+                before = library.launches()
+                call(activations(m, K), w)
+                python = GPU.latest()
+                call(activations(m, K), w)
+                assert library.launches() == before + 1 and untuned.step(Problem(N, K, m)).choice.origin == "ptx"
+                ours, theirs = (fake_gpu.split(launch, shape) for launch in (GPU.latest(), python))
+                same = [name for name in ours if name not in ("a", "c")]
+                assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+    def test_they_wait_for_the_kernel_ahead(self, untuned, launcher_and_library, monkeypatch):
+        """They are made for GPUs without dependent launches, and would not."""
+        monkeypatch.setattr(launcher_and_library[0], "can_depend", True)
+        shape, w = self.announce(1), packed()
+        with pytest.warns(ServeWarning):
+            for _ in range(3):
+                call(activations(1, K), w)
+        assert GPU.latest().num_attributes == 0
+        assert int.from_bytes(fake_gpu.split(GPU.latest(), shape)["dependent"], "little") == 0
 
 
 class TestStriped:
