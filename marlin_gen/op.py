@@ -27,6 +27,12 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     " int layout_version=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# The activations of a weight in act-order: a[..., order[j]]. The second is for calls without gradients: its dispatch
+# does not go through Python for autograd.
+for _name in ("gather", "gather_no_grad"):
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"{_name}(Tensor a, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
 # trace, and what that calls when it does not know how to go on. ``format`` is an index of FORMATS, in this process.
 for _name in ("gemm_no_grad", "gemm_slow"):
@@ -43,11 +49,13 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
     this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
-    For a weight in act-order the features of ``a`` are gathered first, by a kernel of torch's.
+    For a weight in act-order the features of ``a`` are gathered first, on CUDA by a kernel of ours (gather.py).
     """
     scales = packed.scales
     if packed.order is not None:
-        a = a.index_select(-1, packed.order)
+        needs_grad = torch.is_grad_enabled() and a.requires_grad
+        ops = torch.ops.marlin_gen
+        a = (ops.gather if needs_grad or torch.compiler.is_compiling() else ops.gather_no_grad).default(a, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
     if (
         not torch.compiler.is_compiling()
@@ -184,6 +192,36 @@ def _fake_no_grad(
     return _fake(a, weight, scales, bias, list(FORMATS)[format])
 
 
+def _gather_cuda(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    from marlin_gen.gather import gather
+
+    return gather(a, order)
+
+
+def _gather_cpu(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    from marlin_gen.gather import check
+
+    check(a, order)
+    return a.index_select(-1, order)
+
+
+def _gather_fake(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    from marlin_gen.gather import check
+
+    check(a, order)
+    return a.new_empty((*a.shape[:-1], order.shape[0]))
+
+
+def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Each feature gets the gradients of all columns that read it: one, unless it was written into ``order`` twice."""
+    (order,) = ctx.saved_tensors
+    return torch.zeros_like(grad).index_add(-1, order, grad), None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, scales, _, ctx.weight_format, ctx.layout_version = inputs
     ctx.save_for_backward(weight, scales)
@@ -211,6 +249,14 @@ _LIBRARY.impl("gemm", _cpu, "CPU")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("gemm_slow", _slow, "CUDA")  # type: ignore[no-untyped-call]
 for _name in ("gemm_no_grad", "gemm_slow"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+for _name in ("gather", "gather_no_grad"):
+    _LIBRARY.impl(_name, _gather_cuda, "CUDA")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _gather_cpu, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"marlin_gen::{_name}", _gather_fake, lib=_LIBRARY)
+_LIBRARY.impl("gather_no_grad", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+torch.library.register_autograd(
+    "marlin_gen::gather", _gather_backward, setup_context=_gather_setup_context, lib=_LIBRARY
+)
 torch.library.register_fake("marlin_gen::gemm", _fake, lib=_LIBRARY)
 torch.library.register_fake("marlin_gen::gemm_no_grad", _fake_no_grad, lib=_LIBRARY)
 torch.library.register_autograd("marlin_gen::gemm", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,6 +1,6 @@
-"""Writes ptx/*.json.xz, the kernels that ship as PTX: the mma family's defaults for every format and activation type.
+"""Writes ptx/*.json.xz, the kernels that ship as PTX: the mma family's defaults for every format and type, and gather.
 
-    python tools/make_ptx.py            # after a change of templates/mma.cu.jinja, of its headers or of the defaults
+    python tools/make_ptx.py            # after a change of a template, a header or the defaults
     python tools/make_ptx.py --check    # only say what is out of date, by the sources' digests; compiles nothing
 
 NVRTC's wheel is the compiler (extra: nvrtc), at the version that pyproject.toml pins. A file whose kernels come out as
@@ -10,8 +10,11 @@ they lie there stays as it is, byte for byte, whatever version of xz this Python
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from marlin_gen import env
 from marlin_gen.arch import ARCHS, PTX_ARCH
@@ -19,9 +22,11 @@ from marlin_gen.compile import CompileFailure, compile_all
 from marlin_gen.config import KernelSpec
 from marlin_gen.families.mma import MMA
 from marlin_gen.formats import DTYPES, FORMATS, WeightFormat
-from marlin_gen.render import render
+from marlin_gen.render import render, source_digest
 from marlin_gen.shipped_ptx import PtxKernel, ShippedPtx, file_text, pack, unpack
 from marlin_gen.toolchain import Toolchain, find_toolchain
+
+PLAIN = ("gather",)  # kernels that are no product
 
 
 def specs(fmt: WeightFormat) -> list[KernelSpec]:
@@ -32,11 +37,33 @@ def specs(fmt: WeightFormat) -> list[KernelSpec]:
 
 def sources() -> dict[str, dict[str, str]]:
     """What ships: the digest of each kernel's source, by file and key."""
-    return {fmt.name: {spec.key: render(spec).digest for spec in specs(fmt)} for fmt in FORMATS.values()}
+    products = {fmt.name: {spec.key: render(spec).digest for spec in specs(fmt)} for fmt in FORMATS.values()}
+    return products | {name: {name: plain_digest(name)} for name in PLAIN}
+
+
+def plain_digest(name: str) -> str:
+    """Of templates/<name>.cu, a kernel that no spec describes; its symbol is ``name``."""
+    folder = env.templates_dir()
+    return source_digest((folder / f"{name}.cu").read_text(), folder / "include")
+
+
+def compiled_plain(name: str, toolchain: Toolchain) -> PtxKernel:
+    """SystemExit with the compiler's words when it does not compile."""
+    templates = env.templates_dir()
+    with tempfile.TemporaryDirectory(prefix="marlin_gen-") as folder:
+        # Copied: PTX would otherwise name the file where it lies.
+        (Path(folder) / f"{name}.cu").write_bytes((templates / f"{name}.cu").read_bytes())
+        command = toolchain.command(toolchain.flags(PTX_ARCH), templates / "include", f"{name}.cu", "ptx")
+        done = subprocess.run(command, cwd=folder, env=env.child_environment(), capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}.cu does not compile: {done.stderr}")
+        return PtxKernel(name, plain_digest(name), (Path(folder) / "ptx").read_text())
 
 
 def compiled(name: str, toolchain: Toolchain) -> dict[str, PtxKernel]:
     """The kernels of one file; SystemExit with the compiler's words when one does not compile."""
+    if name in PLAIN:
+        return {name: compiled_plain(name, toolchain)}
     made = {}
     for result in compile_all([render(spec) for spec in specs(FORMATS[name])], toolchain).values():
         if isinstance(result, CompileFailure):
