@@ -12,6 +12,7 @@ import torch
 
 from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
+from marlin_gen.gather_op import in_order
 from marlin_gen.problem import SIZE_UNIT, words_per_tile
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     " int layout_version=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# The activations of a weight in act-order: a[..., order[j]]. The second is for calls without gradients: its dispatch
-# does not go through Python for autograd.
-for _name in ("gather", "gather_no_grad"):
-    _LIBRARY.define(  # type: ignore[no-untyped-call]
-        f"{_name}(Tensor a, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
 # trace, and what that calls when it does not know how to go on. ``format`` is an index of FORMATS, in this process.
 for _name in ("gemm_no_grad", "gemm_slow"):
@@ -53,9 +48,7 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     """
     scales = packed.scales
     if packed.order is not None:
-        needs_grad = torch.is_grad_enabled() and a.requires_grad
-        ops = torch.ops.marlin_gen
-        a = (ops.gather if needs_grad or torch.compiler.is_compiling() else ops.gather_no_grad).default(a, packed.order)
+        a = in_order(a, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
     if (
         not torch.compiler.is_compiling()
@@ -192,36 +185,6 @@ def _fake_no_grad(
     return _fake(a, weight, scales, bias, list(FORMATS)[format])
 
 
-def _gather_cuda(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    from marlin_gen.gather import gather
-
-    return gather(a, order)
-
-
-def _gather_cpu(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    from marlin_gen.gather import check
-
-    check(a, order)
-    return a.index_select(-1, order)
-
-
-def _gather_fake(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    from marlin_gen.gather import check
-
-    check(a, order)
-    return a.new_empty((*a.shape[:-1], order.shape[0]))
-
-
-def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Each feature gets the gradients of all columns that read it: one, unless it was written into ``order`` twice."""
-    (order,) = ctx.saved_tensors
-    return torch.zeros_like(grad).index_add(-1, order, grad), None
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, scales, _, ctx.weight_format, ctx.layout_version = inputs
     ctx.save_for_backward(weight, scales)
@@ -249,14 +212,6 @@ _LIBRARY.impl("gemm", _cpu, "CPU")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("gemm_slow", _slow, "CUDA")  # type: ignore[no-untyped-call]
 for _name in ("gemm_no_grad", "gemm_slow"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-for _name in ("gather", "gather_no_grad"):
-    _LIBRARY.impl(_name, _gather_cuda, "CUDA")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _gather_cpu, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"marlin_gen::{_name}", _gather_fake, lib=_LIBRARY)
-_LIBRARY.impl("gather_no_grad", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-torch.library.register_autograd(
-    "marlin_gen::gather", _gather_backward, setup_context=_gather_setup_context, lib=_LIBRARY
-)
 torch.library.register_fake("marlin_gen::gemm", _fake, lib=_LIBRARY)
 torch.library.register_fake("marlin_gen::gemm_no_grad", _fake_no_grad, lib=_LIBRARY)
 torch.library.register_autograd("marlin_gen::gemm", _backward, setup_context=_setup_context, lib=_LIBRARY)
