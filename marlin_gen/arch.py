@@ -13,7 +13,7 @@ MIN_CAPABILITY = (8, 0)
 class Arch:
     """A compile target and the limits a kernel for it must respect (CUDA C++ guide, technical specifications)."""
 
-    name: str  # also the nvcc target: code=<name>
+    name: str  # also the compiler's target: code=<name>
     capability: tuple[int, int]
     smem_per_block: int  # largest dynamic shared memory of one block, bytes
     smem_per_sm: int  # bytes; every resident block also costs smem_reserved
@@ -31,10 +31,19 @@ class Arch:
         by_smem = self.smem_per_sm // (smem_bytes + self.smem_reserved)
         return min(by_smem, self.max_threads_per_sm // threads, self.max_blocks_per_sm)
 
+    @property
+    def is_ptx(self) -> bool:
+        """Whether kernels are PTX, text that the driver compiles for the GPU as it loads them."""
+        return self.name.startswith("compute_")
+
+
+PTX_ARCH = "compute_80"
 
 ARCHS = {
     a.name: a
     for a in (
+        # Any GPU from 8.0 on, those of tomorrow included: the least that one of them has.
+        Arch(PTX_ARCH, (8, 0), 99 << 10, 100 << 10, 1536, has_tma=False, has_wgmma=False),
         Arch("sm_80", (8, 0), 163 << 10, 164 << 10, 2048, has_tma=False, has_wgmma=False),
         Arch("sm_86", (8, 6), 99 << 10, 100 << 10, 1536, has_tma=False, has_wgmma=False),
         Arch("sm_89", (8, 9), 99 << 10, 100 << 10, 1536, has_tma=False, has_wgmma=False),
@@ -50,15 +59,11 @@ def arch_for(capability: tuple[int, int]) -> Arch:
             f"compute capability {capability[0]}.{capability[1]} is too old: marlin_gen needs a GPU of 8.0 or newer"
             " (mma.sync m16n8k16 with cp.async)"
         )
-    exact = [a for a in ARCHS.values() if a.capability == tuple(capability)]
-    if exact:
-        return exact[0]
-    # Plain sm_8x code runs on every later 8.x; newer majors need their own row.
-    same_major = [a for a in ARCHS.values() if a.capability[0] == capability[0] and a.capability <= tuple(capability)]
-    if same_major:
-        return max(same_major, key=lambda a: a.capability)
-    known = ", ".join(f"{a.capability[0]}.{a.capability[1]}" for a in ARCHS.values())
-    raise ValueError(f"no compile target for compute capability {capability[0]}.{capability[1]}; known: {known}")
+    natives = [a for a in ARCHS.values() if not a.is_ptx and a.capability <= tuple(capability)]
+    exact = [a for a in natives if a.capability == tuple(capability)]
+    # Plain sm_8x code runs on every later 8.x; the code of another major, or of an "a" target, on no other GPU.
+    older = [a for a in natives if a.capability[0] == capability[0] and not a.name.endswith("a")]
+    return max(exact or older, key=lambda a: a.capability, default=ARCHS[PTX_ARCH])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,13 @@ def compile_all(
     toolchain: Toolchain | None = None,
     jobs: int | None = None,
     on_done: Callable[[Result], None] | None = None,
+    seconds: float | None = None,
 ) -> dict[KernelSpec, Result]:
     """Compile every source that the cache lacks, ``jobs`` at a time (default: the usable cores), and keep going.
 
     ``on_done`` is called in this thread with each result as it comes, cached ones first. Raises a ToolchainError when
-    the compiler itself is at fault, an OSError naming the folder when the cache cannot be written; what was finished
-    before is kept, and nothing half-written is.
+    the compiler itself is at fault, an OSError naming the folder when the cache cannot be written, a TimeoutError when
+    compiling takes longer than ``seconds``; what was finished before is kept, and nothing half-written is.
     """
     toolchain = toolchain or find_toolchain()
     results: dict[KernelSpec, Result] = {}
@@ -83,7 +85,7 @@ def compile_all(
             missing.append(source)
     if missing:
         # Closed at once when on_done raises, so that no compiler outlives this call.
-        with contextlib.closing(_build(missing, toolchain, jobs or len(os.sched_getaffinity(0)))) as built:
+        with contextlib.closing(_build(missing, toolchain, jobs or len(os.sched_getaffinity(0)), seconds)) as built:
             for result in built:
                 finish(result)
         if not any(isinstance(results[source.spec], Artifact) for source in missing):
@@ -126,6 +128,8 @@ def _naming_the_cache() -> Iterator[None]:
     """Add to an OSError which folder it is about and what to do."""
     try:
         yield
+    except TimeoutError:
+        raise  # is an OSError, of the compiler
     except OSError as error:
         raise OSError(
             error.errno,
@@ -134,7 +138,9 @@ def _naming_the_cache() -> Iterator[None]:
         ) from error
 
 
-def _build(sources: Sequence[KernelSource], toolchain: Toolchain, jobs: int) -> Generator[Result, None, None]:
+def _build(
+    sources: Sequence[KernelSource], toolchain: Toolchain, jobs: int, seconds: float | None
+) -> Generator[Result, None, None]:
     """Run one ninja over the sources; each result as soon as its compiler ends."""
     with _naming_the_cache(), kernel_cache.private_directory() as batch:
         _write_ninja(batch, sources, toolchain)
@@ -150,6 +156,15 @@ def _build(sources: Sequence[KernelSource], toolchain: Toolchain, jobs: int) -> 
         )
         assert process.stdout
         waiting = dict(enumerate(sources))
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            process.terminate()  # and ninja its compilers
+
+        timer = threading.Timer(seconds or 0, expire)
+        if seconds is not None:
+            timer.start()
         try:
             for line in process.stdout:
                 done = re.fullmatch(r"done (\d+)", line.strip())
@@ -157,8 +172,12 @@ def _build(sources: Sequence[KernelSource], toolchain: Toolchain, jobs: int) -> 
                     index = int(done[1])
                     yield _collect(batch / str(index), waiting.pop(index), toolchain)
         finally:
+            timer.cancel()
             process.terminate()
             process.wait()
+            process.stdout.close()
+        if waiting and expired.is_set():
+            raise TimeoutError(f"{toolchain.name} has not compiled {waiting.popitem()[1].spec.key} in {seconds:.0f} s")
         if waiting:
             raise OSError(errno.EIO, f"ninja ended with status {process.returncode} before {len(waiting)} kernels")
 

@@ -16,13 +16,13 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    (fill') and at the problem's (fill). The last term keeps 48-row blocks, right for n = 6144, away from n = 4096, where
    a third of the SMs would idle. Shapes further than ``MAX_DISTANCE`` are not considered.
 4. ``families.default_plan``, then every family's own default.
+5. ``families.ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from marlin_gen import env
-from marlin_gen.arch import Gpu
+from marlin_gen.arch import PTX_ARCH, Gpu
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.families import FAMILIES, default_plan
+from marlin_gen.distance import distance
+from marlin_gen.families import FAMILIES, default_plan, ptx_plan
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.formats import LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
+from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_row import TableRow
 
@@ -50,6 +52,7 @@ class KernelLocation(NamedTuple):
     cubin: Path
     symbol: str
     sha256: str | None = None
+    ptx: str | None = None  # the kernel itself, where ``cubin`` is the file of several that it was read from
 
 
 class Choice(NamedTuple):
@@ -57,8 +60,8 @@ class Choice(NamedTuple):
 
     plan: Plan
     spec: KernelSpec
-    origin: str  # forced, exact, related exact, nearest, related nearest, default
-    kernel: KernelLocation | None  # None: no table ships it intact, so it must be compiled
+    origin: str  # forced, exact, related exact, nearest, related nearest, default, ptx
+    kernel: KernelLocation | None  # None: nothing ships it intact, so it must be compiled
 
     @property
     def key(self) -> str:
@@ -112,11 +115,14 @@ class _Index:
 class Dispatcher:
     """The tables that concern one GPU, indexed. Immutable: build a new one after a tune.
 
-    Raises ValueError for a GPU that no kernel can run on.
+    ``ptx``: the last candidates, none by default. Raises ValueError for a GPU that no kernel can run on.
     """
 
-    def __init__(self, gpu: Gpu, tables: Sequence[DispatchTable], forced: Plan | None = None) -> None:
+    def __init__(
+        self, gpu: Gpu, tables: Sequence[DispatchTable], forced: Plan | None = None, ptx: ShippedPtx | None = None
+    ) -> None:
         self.gpu = gpu
+        self.ptx = ptx
         self.arch = gpu.arch  # raises here for a GPU that no kernel runs on
         self.forced = forced
         same = [table for table in tables if gpu.same_class(table.gpu)]
@@ -132,6 +138,11 @@ class Dispatcher:
                 seen.add(plan)
                 spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.arch.name)
                 yield Choice(plan, spec, origin, self.locate(spec))
+        # Not compared with what was seen: it is another kernel of perhaps the same plan.
+        plan = ptx_plan(problem, self.gpu)
+        spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, PTX_ARCH)
+        if spec.arch != self.arch.name and not _rejected(plan, problem) and (kernel := self.locate(spec)):
+            yield Choice(plan, spec, "ptx", kernel)
 
     def _plans(self, problem: Problem) -> Iterator[tuple[str, Plan]]:
         if self.forced:
@@ -150,11 +161,13 @@ class Dispatcher:
                 yield "default", plan
 
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
-        """The first table's intact cubin of ``spec``."""
+        """The first table's intact cubin of ``spec``, else what ships as PTX."""
         for table in self.tables:
             path, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
             if path and kernel:
                 return KernelLocation(path, kernel.symbol, kernel.sha256)
+        if self.ptx and (found := self.ptx.find(spec)):
+            return KernelLocation(self.ptx.path(spec.weight_format), found.symbol, ptx=found.text)
         return None
 
 
@@ -218,24 +231,6 @@ def digest(tables: Sequence[DispatchTable], forced: Plan | None = None) -> str:
 def _table_folders(folder: Path) -> list[Path]:
     """``folder`` itself or its subfolders, sorted, that hold a table."""
     return sorted(path.parent for pattern in (FILE_NAME, f"*/{FILE_NAME}") for path in folder.glob(pattern))
-
-
-def distance(problem: Problem, row: TableRow, num_sms: int) -> float:
-    """How far a row's shape is from the problem's, in octaves, for this row's plan: see the module's rule."""
-    there = row.problem
-    lost = wave_fill(row.plan, there, num_sms) / wave_fill(row.plan, problem, num_sms)
-    return abs(math.log2(problem.n / there.n)) + abs(math.log2(problem.k / there.k)) + max(0.0, math.log2(lost))
-
-
-def wave_fill(plan: Plan, problem: Problem, num_sms: int) -> float:
-    """Busy over all block slots of the waves a problem takes, in (0, 1]; 1 for striped, which has no tail."""
-    config = plan.config
-    if config.partition == "striped":
-        return 1.0
-    tiles = -(-problem.n // config.block_n) * -(-max(problem.m, 1) // config.block_m)
-    blocks = tiles * (config.cluster_size if config.partition == "clusterk" else 1)
-    slots = num_sms * config.blocks_per_sm
-    return blocks / (-(-blocks // slots) * slots)
 
 
 def _shape(problem: Problem) -> _Shape:

@@ -39,7 +39,7 @@ def examine(purpose: str | None = None) -> tuple[str, list[Finding]]:
         raise ValueError(f"--for {purpose!r} is not one of {', '.join(PURPOSES)}")
     gpu, gpu_findings = _gpu()
     findings = [*gpu_findings, _torch(gpu), _launcher(), *_compilers(), *_packages(), *_tables(gpu)]
-    findings += [_recordings(), _cache(), *_variables()]
+    findings += [_ptx(), _recordings(), _cache(), *_variables()]
     return purpose or ("tune" if gpu else "replay"), findings
 
 
@@ -152,8 +152,25 @@ def _tables(gpu: Gpu | None) -> Iterator[Finding]:
             said += f"; {missing} of its kernels are missing or damaged"
         yield Finding("table", not missing, said, "restore the files, or tune again" if missing else "")
     if gpu and not any(gpu.same_class(table.gpu) for table in tables):
-        said = f"none for {gpu.slug}; the families' defaults are compiled as they are needed"
+        said = f"none for {gpu.slug}; the families' defaults are compiled as they are needed, or come as PTX"
         yield Finding("table for this GPU", False, said, "marlin-gen tune --model <preset or config.json>")
+
+
+def _ptx() -> Finding:
+    """The kernels for where nothing else is to be had; reads them all."""
+    from marlin_gen.shipped_ptx import shipped_ptx
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            shipped = shipped_ptx()
+            counts = {name: len(shipped.kernels(name)) for name in shipped.names()}
+        except FileNotFoundError as error:
+            return Finding("PTX", False, str(error), "reinstall the package")
+    if caught:
+        return Finding("PTX", False, str(caught[0].message), "reinstall the package")
+    said = f"{sum(counts.values())} untuned kernels, for any GPU of 8.0 or newer that has neither table nor compiler"
+    return Finding("PTX", bool(counts), said, "" if counts else "reinstall the package")
 
 
 def _recordings() -> Finding:

@@ -164,6 +164,11 @@ def tuned_dir() -> Path:
     return _resource("tuned")
 
 
+def ptx_dir() -> Path:
+    """The folder of the kernels that ship as PTX."""
+    return _resource("ptx")
+
+
 def native_dir() -> Path:
     """The folder of the native launcher's sources, and of the library where it came built."""
     return Path(__file__).resolve().parent / "csrc"

@@ -115,12 +115,17 @@ class Launcher:
         """The one launcher of a device."""
         return cls(device_index)
 
-    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None) -> Kernel:
-        """Load a cubin; a LaunchError when it is not one, has another hash, lacks the symbol, or cannot be resident."""
+    def load(
+        self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None, ptx: str | None = None
+    ) -> Kernel:
+        """Load a cubin, or ``ptx`` (``driver.load``).
+
+        A LaunchError when it is neither, has another hash, lacks the symbol, or cannot be resident.
+        """
         family = FAMILIES.of(spec.config)
         threads, smem = family.threads(spec.config), family.smem_bytes(spec.config, spec.format_row)
         with torch.cuda.device(self.device_index):
-            function = driver.load(cubin, symbol, spec.arch_row.smem_per_block, sha256)
+            function = driver.load(cubin, symbol, spec.arch_row.smem_per_block, sha256, ptx=ptx)
             resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
         if resident < 1:
             raise LaunchError(

@@ -12,6 +12,7 @@ import torch
 
 from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
+from marlin_gen.gather_op import in_order
 from marlin_gen.problem import SIZE_UNIT, words_per_tile
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
     this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
-    For a weight in act-order the features of ``a`` are gathered first, by a kernel of torch's.
+    For a weight in act-order the features of ``a`` are gathered first, on CUDA by a kernel of ours (gather.py).
     """
     scales = packed.scales
     if packed.order is not None:
-        a = a.index_select(-1, packed.order)
+        a = in_order(a, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
     if (
         not torch.compiler.is_compiling()

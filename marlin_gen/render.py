@@ -72,7 +72,7 @@ def render_from(templates: Path, family: KernelFamily, spec: KernelSpec) -> Kern
             max_registers=family.max_registers(config, arch),
             **values,
         )  # fmt: skip
-    return KernelSource(spec, symbol, text, _digest(text, templates / "include"))
+    return KernelSource(spec, symbol, text, source_digest(text, templates / "include"))
 
 
 def symbol_of(spec: KernelSpec) -> str:
@@ -128,7 +128,8 @@ def include_closure(text: str, include: Path) -> dict[str, bytes]:
     return dict(sorted(found.items()))
 
 
-def _digest(text: str, include: Path) -> str:
+def source_digest(text: str, include: Path) -> str:
+    """sha256 (hex) of a kernel's text and every project header it includes, directly or not."""
     digest = hashlib.sha256()
     for name, content in [("kernel.cu", text.encode()), *include_closure(text, include).items()]:
         # Lengths keep two different splits of the same bytes apart.

@@ -1,7 +1,8 @@
 """What the op does on a CUDA device: choose a plan, load its kernel once, launch it.
 
-A candidate that is damaged, does not compile, load or launch costs one warning, and the next one is tried. The last
-resort, which needs no kernel at all, is to dequantise the weight and call cuBLAS.
+A candidate that is damaged, does not compile, load or launch costs one warning, and the next one is tried. The last are
+kernels that ship as PTX, for where nothing can be compiled. The last resort, which needs no kernel at all, is to
+dequantise the weight and call cuBLAS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from marlin_gen.launch import Kernel, Launcher, LaunchError
 from marlin_gen.layout import PackedWeight, unpack
 from marlin_gen.problem import Problem
 from marlin_gen.reference import dequantize
+from marlin_gen.shipped_ptx import shipped_ptx
 
 log = logging.getLogger("marlin_gen")
 
@@ -52,8 +54,9 @@ class Server:
         self.dispatcher = dispatcher
         self._steps: dict[Key, Step] = {}
         self._kernels: dict[str, Kernel | None] = {}  # by spec key; None: cannot be had
-        self._failed: set[tuple[Key, Plan]] = set()  # loaded, but the driver refused to launch them
-        self._can_compile = True
+        self._failed: set[tuple[Key, Plan, str]] = set()  # with the target: the driver refused to launch them
+        self._no_compiler = ""  # why nothing can be compiled, once that is known
+        self._has_said_so = False
         self._pid = os.getpid()
         self._native: native.Native | None = None
         self._lock = threading.Lock()
@@ -107,7 +110,7 @@ class Server:
                 self.launcher.run(step.kernel, step.choice.plan, step.problem, a, weight, scales, out, bias)
             except LaunchError as error:
                 _warn(f"{step.choice.plan.key} does not launch ({error}); using the next candidate")
-                self._failed.add((key, step.choice.plan))
+                self._failed.add((key, step.choice.plan, step.choice.spec.arch))
                 self._steps.pop(key, None)
                 self.forget_native()
                 continue
@@ -152,15 +155,18 @@ class Server:
     def _first_that_loads(self, key: Key) -> Step:
         problem = Problem(*key)
         for choice in self.dispatcher.choose(problem):
-            if (key, choice.plan) in self._failed:
+            if (key, choice.plan, choice.spec.arch) in self._failed:
                 continue
             if kernel := self._kernel(choice):
                 log.info("n=%d k=%d m=%d: %s", problem.n, problem.k, problem.m, choice.key)
+                if self._no_compiler and not self._has_said_so:
+                    self._has_said_so = True
+                    _warn(f"{self._no_compiler}. Untuned kernels serve instead, such as {choice.key}. {_fix(problem)}")
                 return Step(problem, choice, kernel)
+        reason = f" ({self._no_compiler})" if self._no_compiler else ""
         _warn(
-            f"no kernel for n={problem.n}, k={problem.k}, m={problem.m} on {self.dispatcher.gpu.slug}: dequantising the"
-            f" whole weight on every call, which is slow. Run `marlin-gen tune --shapes {problem.n}x{problem.k}` here,"
-            " or install a compiler for the default kernel: pip install 'marlin_gen[tune,nvcc]'"
+            f"no kernel for n={problem.n}, k={problem.k}, m={problem.m} on {self.dispatcher.gpu.slug}{reason}:"
+            f" dequantising the whole weight on every call, which is slow. {_fix(problem)}"
         )
         return Step(problem, None, None)
 
@@ -173,32 +179,30 @@ class Server:
         return self._kernels[key]
 
     def _loaded(self, location: KernelLocation, spec: KernelSpec) -> Kernel | None:
+        if location.ptx:
+            log.info("the driver compiles %s from PTX, and remembers it", spec.key)
         try:
-            return self.launcher.load(location.cubin, location.symbol, spec, location.sha256)
+            return self.launcher.load(location.cubin, location.symbol, spec, location.sha256, location.ptx)
         except LaunchError as error:
             _warn(f"{location.cubin} does not load ({error}); using the next candidate. Compile or tune it again")
             return None
 
     def _compiled(self, spec: KernelSpec) -> KernelLocation | None:
         """Compile ``spec`` through the cache; None without a compiler, or when it does not compile."""
-        if not self._can_compile:
+        if self._no_compiler:
             return None
         try:
             # Serving prebuilt kernels needs none of these: they may not be installed.
-            from marlin_gen.compile import CompileFailure, compile_all
-            from marlin_gen.render import render
-            from marlin_gen.toolchain import ToolchainError, find_toolchain
+            from marlin_gen.compile import CompileFailure
+            from marlin_gen.first_use import compile_now
+            from marlin_gen.toolchain import ToolchainError
         except ImportError as error:
-            self._can_compile = False
-            log.info("cannot compile kernels: %s", error)
+            self._no_compiler = f"cannot compile {spec.key}: {error}"
             return None
         try:
-            toolchain = find_toolchain()
-            log.warning("no prebuilt kernel %s; compiling it with %s, once", spec.key, toolchain.name)
-            result = compile_all([render(spec)], toolchain)[spec]
-        except (ToolchainError, OSError) as error:
-            self._can_compile = False
-            _warn(f"cannot compile {spec.key}: {error}")
+            result = compile_now(spec)
+        except (ToolchainError, OSError) as error:  # a timeout is an OSError, and would come again
+            self._no_compiler = f"cannot compile {spec.key}: {error}"
             return None
         except ValueError as error:  # not legal for this architecture, for instance a forced plan
             _warn(str(error))
@@ -212,7 +216,7 @@ class Server:
 @cache
 def _server(device_index: int) -> Server:
     launcher = Launcher.for_device(device_index)
-    server = Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan()))
+    server = Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan(), shipped_ptx()))
     if found := native.library():
         server.launch_natively(found)
     return server
@@ -228,6 +232,14 @@ def dequantized_matmul(
         torch.matmul(a, weight, out=out)
     else:
         torch.addmm(bias, a, weight, out=out)
+
+
+def _fix(problem: Problem) -> str:
+    """What to run to be served better, as a sentence."""
+    return (
+        f"Run `marlin-gen tune --shapes {problem.n}x{problem.k}` here, or install a compiler for the default kernels:"
+        " pip install 'marlin_gen[tune,nvrtc]'"
+    )
 
 
 def _warn(message: str) -> None:

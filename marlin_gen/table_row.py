@@ -18,8 +18,7 @@ from marlin_gen.problem import Problem
 T = TypeVar("T")
 _WHOLE = 1 << 53  # above it a float is not every whole number
 _MAX_SIZE = (1 << 31) - 1  # kernels take sizes as int32
-_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FORMS = {"symbol": re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 class FieldError(ValueError):
@@ -44,6 +43,12 @@ def size(data: Any, name: str) -> int:
     if not 0 <= value <= _MAX_SIZE:
         raise FieldError(f"{name}={value!r:.60} is not one of 0 to {_MAX_SIZE}")
     return value
+
+
+def check_form(kind: str, value: str) -> None:
+    """A FieldError unless ``value`` is written as a "symbol" or a "sha256" is."""
+    if not _FORMS[kind].fullmatch(value):
+        raise FieldError(f"{kind}={value!r:.80} is not one")
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,8 @@ class KernelFile:
         if take(data, "file", str) != _file_of(key):
             raise FieldError(f"file={data['file']!r} is not {_file_of(key)!r}")
         names = (take(data, "file", str), take(data, "sha256", str), take(data, "symbol", str))
-        for name, form in (("sha256", _SHA256), ("symbol", _SYMBOL)):
-            if not form.fullmatch(data[name]):
-                raise FieldError(f"{name}={data[name]!r:.80} is not one")
+        for name in ("sha256", "symbol"):
+            check_form(name, data[name])
         return cls(*names, size(data, "registers"), size(data, "smem_bytes"))
 
 

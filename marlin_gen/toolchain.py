@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_gen import env
+from marlin_gen.arch import ARCHS
 
 # The wheels of which nvcc is made; all must be of one CUDA minor version.
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
@@ -24,6 +25,9 @@ GET_NVCC = "get it with: pip install 'marlin_gen[nvcc]'"
 GET_NVRTC = "get it with: pip install 'marlin_gen[nvrtc]'"
 PROBE_SECONDS = 120  # a cold compiler on a slow disk needs several
 MIN_NVCC = (12, 3)  # sm_90a with every PTX instruction the templates use
+# That PTX says it is written in: what the oldest driver reads that the native launcher takes (CUDA 12.0). The compiler
+# states its own version whatever it used; that no kernel uses more, tests/cpu/test_ptx.py lets ptxas say.
+PTX_VERSION = "8.0"
 
 _PROBE = 'extern "C" __global__ void probe(int* out) { *out = 1; }\n'
 
@@ -42,16 +46,24 @@ class Toolchain:
     origin: str  # how it was found, for people
 
     def flags(self, arch: str, lineinfo: bool = False) -> tuple[str, ...]:
-        """Everything that can change the binary, bar the include folder. ``arch`` is a name of ``ARCHS``."""
+        """Everything that can change the binary, bar the include folder. ``arch`` is a name of ``ARCHS``.
+
+        A ToolchainError for PTX and nvcc, which would not say what registers its kernels need.
+        """
+        is_ptx = arch in ARCHS and ARCHS[arch].is_ptx
         # ptxas -v is the report that registers and spills are read from.
         common = ("-std=c++17", "--ptxas-options=-v", *(["-lineinfo"] if lineinfo else []))
         if self.name == "nvrtc":
             # A plain constexpr function is device code here, as it is for nvcc in a constant expression.
-            return (f"-arch={arch}", "-default-device", *common)
+            ptx = (f"--ptx-version={PTX_VERSION}",) if is_ptx else ()
+            # Of PTX too the report: it is that of the least GPU.
+            return (f"-arch={arch.replace('compute_', 'sm_')}", "-default-device", *ptx, *common)
+        if is_ptx:
+            raise ToolchainError(f"kernels for {arch} are made by NVRTC: MARLIN_GEN_COMPILER=nvrtc ({GET_NVRTC})")
         return ("-O3", "-cubin", f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}", *common)
 
     def command(self, flags: tuple[str, ...], include: Path, source: str, cubin: str) -> list[str]:
-        """The argument list that compiles ``source`` into ``cubin``."""
+        """The argument list that compiles ``source`` into ``cubin``, which is PTX where the flags say so."""
         if self.name == "nvrtc":
             script = Path(__file__).with_name("nvrtc_compile.py")
             return [sys.executable, "-I", str(script), str(self.path), source, cubin, *flags, f"-I{include}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from marlin_gen.arch import Gpu
+from marlin_gen.arch import ARCHS, PTX_ARCH, Gpu
 from marlin_gen.config import Plan
 from marlin_gen.families.base import Registry
 from marlin_gen.families.mma import MMA
@@ -22,3 +22,8 @@ def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
     is_small = problem.n // 64 * 2 <= gpu.num_sms and problem.k <= 4096
     return wgmma if usable and problem.m > (32 if is_small else 16) else MMA.default(problem, gpu)
+
+
+def ptx_plan(problem: Problem, gpu: Gpu) -> Plan:
+    """What runs where no binary of the GPU's own is to be had: a kernel for ``PTX_ARCH``, which only mma makes."""
+    return MMA.default(problem, gpu, ARCHS[PTX_ARCH])

@@ -54,6 +54,7 @@ _DEFAULTS = {
     ),
 }  # fmt: skip
 _DEFAULTS["sm_89"] = _DEFAULTS["sm_86"]
+_DEFAULTS["compute_80"] = _DEFAULTS["sm_86"]  # they fit into the least shared memory of any GPU
 
 
 class MmaFamily:
@@ -144,9 +145,12 @@ class MmaFamily:
         """Any m, n and k of the layout is served; only an empty product has nothing to launch."""
         return None if problem.m > 0 else "m=0 has no tokens, so there is nothing to launch"
 
-    def default(self, problem: Problem, gpu: Gpu) -> Plan:
-        """Of the token tiles large enough (else the largest), the config whose busiest SM has the least to do."""
-        configs = self.defaults(gpu.arch, FORMATS[problem.weight_format])
+    def default(self, problem: Problem, gpu: Gpu, arch: Arch | None = None) -> Plan:
+        """Of the token tiles large enough (else the largest), the config whose busiest SM has the least to do.
+
+        ``arch``: the target to take configs of, where it is not the GPU's own.
+        """
+        configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
         tile = min((c.block_m for c in configs if c.block_m >= problem.m), default=max(c.block_m for c in configs))
 
         def rows_of_an_sm(config: KernelConfig) -> float:

@@ -58,7 +58,8 @@ class FakeGpu:
 
     def announce(self, family: str, sizes: list[int]) -> None:
         """The argument sizes of the kernels that are loaded from now on."""
-        self.library.fake_announce(int(family == "wgmma"), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+        index = ("mma", "wgmma", "gather").index(family)
+        self.library.fake_announce(index, len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     @property
     def launches(self) -> int:

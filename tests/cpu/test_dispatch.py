@@ -13,7 +13,8 @@ from tables import A100, H100, H200, mma, row, wgmma
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.dispatch import MAX_DISTANCE, Dispatcher, choose, distance, find_tables, wave_fill
+from marlin_gen.dispatch import MAX_DISTANCE, Dispatcher, choose, find_tables
+from marlin_gen.distance import distance, wave_fill
 from marlin_gen.families import FAMILIES
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import marlin_gen
-from marlin_gen import doctor
+from marlin_gen import doctor, shipped_ptx
 from marlin_gen.arch import Gpu
 from marlin_gen.doctor import Finding, broken, examine
 from marlin_gen.table import DispatchTable
@@ -82,3 +82,12 @@ def test_the_launcher_is_named(tmp_path, monkeypatch):
 def test_set_variables_are_listed(monkeypatch):
     monkeypatch.setenv("MARLIN_GEN_LINEINFO", "1")
     assert by_name(examine()[1])["MARLIN_GEN_LINEINFO"].found == "1"
+
+
+def test_shipped_ptx_is_counted_and_damage_named(tmp_path, monkeypatch):
+    assert by_name(examine()[1])["PTX"].ok and " kernels" in by_name(examine()[1])["PTX"].found
+    (tmp_path / "u4b8g128.json.xz").write_bytes(b"damaged")
+    monkeypatch.setattr(shipped_ptx, "shipped_ptx", lambda: shipped_ptx.ShippedPtx(tmp_path))
+    found = by_name(examine("serve")[1])["PTX"]
+    assert not found.ok and "u4b8g128.json.xz is not used" in found.found
+    assert found not in broken("serve", examine("serve")[1])

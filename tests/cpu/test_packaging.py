@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -37,9 +38,9 @@ def committed(folder: str) -> set[str]:
     return set(listed.stdout.split())
 
 
-def test_the_wheel_ships_templates_and_tuned_tables(wheel):
+def test_the_wheel_ships_templates_tuned_tables_and_ptx(wheel):
     names = set(wheel.namelist())
-    for folder in ("templates", "tuned"):
+    for folder in ("templates", "tuned", "ptx"):
         expected = {f"marlin_gen/_{name}" for name in committed(folder)}
         assert expected and expected <= names
 
@@ -58,9 +59,22 @@ def test_only_torch_is_needed_to_serve(wheel):
 
 def test_an_unpacked_wheel_finds_its_own_templates(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    code = "from marlin_gen import env; print(env.templates_dir()); print(env.tuned_dir())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(tmp_path / "marlin_gen" / name) for name in ("_templates", "_tuned")]
+    code = "from marlin_gen import env; print(env.templates_dir(), env.tuned_dir(), env.ptx_dir())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the wheel's own
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "marlin_gen" / name) for name in ("_templates", "_tuned", "_ptx")]
+
+
+def test_an_unpacked_wheel_reads_its_ptx(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = "from marlin_gen.shipped_ptx import shipped_ptx as s; print(len(s().names()), len(s().kernels('u4b8g128')))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(len(committed("ptx"))), "12"], done.stderr
 
 
 @needs_compiler

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import tables
 import torch
-from tables import H100, mma, row, wgmma
+from tables import A100, H100, mma, row, wgmma
 
-from marlin_gen import serve, toolchain
+from marlin_gen import first_use, serve, toolchain
+from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelSpec
 from marlin_gen.dispatch import Dispatcher
 from marlin_gen.driver import LaunchError
 from marlin_gen.problem import Problem
 from marlin_gen.serve import Server, ServeWarning
+from marlin_gen.shipped_ptx import PtxWarning, ShippedPtx, shipped_ptx
 from marlin_gen.table import DispatchTable, TableWarning
 from marlin_gen.toolchain import ToolchainError
 
@@ -30,16 +32,20 @@ class Loader:
         self.refuse = refuse
         self.loaded: list[Path] = []
 
-    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None) -> tuple[Path, str]:
+    def load(
+        self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None, ptx: str | None
+    ) -> tuple[Path, str]:
         if self.refuse in spec.key:
             raise LaunchError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
         self.loaded.append(cubin)
         return cubin, symbol
 
 
-def server(found: list[DispatchTable], refuse: str = "nothing") -> tuple[Server, Loader]:
+def server(
+    found: list[DispatchTable], refuse: str = "nothing", gpu: Gpu = H100, ptx: ShippedPtx | None = None
+) -> tuple[Server, Loader]:
     loader = Loader(refuse)
-    return Server(0, loader, Dispatcher(H100, found)), loader  # type: ignore[arg-type]
+    return Server(0, loader, Dispatcher(gpu, found, ptx=ptx)), loader  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def no_compiler(monkeypatch):
     def find() -> None:
         raise ToolchainError("no CUDA compiler; get it with: pip install ...")
 
-    monkeypatch.setattr(toolchain, "find_toolchain", find)
+    monkeypatch.setattr(first_use, "find_toolchain", find)
 
 
 def test_a_prebuilt_kernel_is_loaded_once(tmp_path):
@@ -83,9 +89,81 @@ def test_without_table_and_compiler_the_last_resort_says_what_to_do(no_compiler)
     made, _ = server([])
     with pytest.warns(ServeWarning) as caught:
         assert made.choice(PROBLEM) is None
-    assert "no CUDA compiler" in str(caught[0].message)
-    assert "marlin-gen tune --shapes 4096x4096" in str(caught[-1].message)
-    assert len(caught) == 2, "a missing compiler is looked for once"
+    (said,) = map(str, (warning.message for warning in caught))
+    assert "no CUDA compiler" in said and "dequantising the whole weight on every call" in said
+    assert "marlin-gen tune --shapes 4096x4096" in said and "pip install" in said
+
+
+GPUS = {
+    "A100": A100,
+    "RTX 4090": Gpu((8, 9), 128, 72 << 20, 100 << 10, 1008, "NVIDIA GeForce RTX 4090"),
+    "H100": H100,
+    "B200": Gpu((10, 0), 148, 126 << 20, 228 << 10, 8000, "NVIDIA B200"),
+    "RTX 5090": Gpu((12, 0), 170, 96 << 20, 100 << 10, 1792, "NVIDIA GeForce RTX 5090"),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("m", [1, 17, 1000])
+def test_without_table_and_compiler_shipped_ptx_serves_any_gpu(no_compiler, name, m):
+    made, loader = server([], gpu=GPUS[name], ptx=shipped_ptx())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choice = made.choice(Problem(4096, 4096, m))
+        made.choice(Problem(4096, 4096, m + 1))
+    assert choice.spec.arch == "compute_80" and ".target sm_80" in choice.kernel.ptx
+    assert all(path.name == "u4b8g128.json.xz" for path in loader.loaded)
+    said = [str(warning.message) for warning in caught]
+    if GPUS[name].arch.is_ptx:  # its defaults are those kernels: nothing was to be compiled
+        assert choice.origin == "default" and not said
+    else:
+        assert choice.origin == "ptx" and len(said) == 1
+        assert "no CUDA compiler" in said[0] and choice.key in said[0] and "marlin-gen tune --shapes" in said[0]
+
+
+def test_ptx_that_the_driver_refuses_leaves_the_last_resort(no_compiler):
+    made, _ = server([], refuse="compute_80", ptx=shipped_ptx())
+    with pytest.warns(ServeWarning) as caught:
+        assert made.choice(PROBLEM) is None
+    assert "does not load (cuModuleLoadData" in str(caught[0].message) and len(caught) == 2
+
+
+def test_damaged_ptx_is_one_warning_and_the_last_resort(no_compiler, tmp_path):
+    (tmp_path / "u4b8g128.json.xz").write_bytes(shipped_ptx().path("u4b8g128").read_bytes()[:-100])
+    made, _ = server([], ptx=ShippedPtx(tmp_path))
+    with pytest.warns(UserWarning) as caught:
+        assert made.choice(PROBLEM) is None and made.choice(Problem(4096, 4096, 3)) is None
+    assert [w.category for w in caught] == [PtxWarning, ServeWarning, ServeWarning]
+
+
+def test_a_compiler_that_takes_too_long_is_not_waited_for_twice(monkeypatch):
+    asked = []
+
+    def slow(spec):
+        asked.append(spec)
+        raise TimeoutError("nvrtc has not compiled it in 120 s")
+
+    monkeypatch.setattr(first_use, "compile_now", slow)
+    made, _ = server([], ptx=shipped_ptx())
+    with pytest.warns(ServeWarning, match="has not compiled it in 120 s. Untuned kernels serve instead") as caught:
+        assert {made.choice(Problem(4096, 4096, m)).origin for m in (1, 20, 100)} == {"ptx"}
+    assert len(asked) == len(caught) == 1
+
+
+def test_a_table_or_a_compiler_comes_before_ptx(tmp_path, tmp_cache):
+    made, _ = server([tables.table(tmp_path, ROWS)], ptx=shipped_ptx())
+    assert [made.choice(problem).origin for problem in (PROBLEM, Problem(64, 128, 1))] == ["exact", "default"]
+    assert next(iter(made.dispatcher.choose(Problem(64, 128, 1)))).kernel is None, "it was compiled"
+
+
+def test_a_plan_that_does_not_launch_is_still_tried_as_ptx(no_compiler):
+    """On an RTX 4090 the default is the same plan, for another target."""
+    gpu = GPUS["RTX 4090"]
+    made, _ = server([], gpu=gpu, ptx=shipped_ptx())
+    native, ptx = (choice for choice in made.dispatcher.choose(PROBLEM))
+    assert native.plan == ptx.plan and (native.spec.arch, ptx.spec.arch) == ("sm_89", "compute_80")
+    made._failed.add(((4096, 4096, 1, "u4b8g128", "f16"), native.plan, "sm_89"))
+    assert made.choice(PROBLEM).origin == "ptx"
 
 
 def test_a_kernel_that_does_not_compile_is_passed_over(tmp_path, tmp_cache, monkeypatch):

@@ -164,7 +164,7 @@ def test_the_recording_of_another_gpu_is_refused(tmp_path):
 
 
 def test_the_shipped_sets_fit_at_three_percent():
-    """No row more than 3 % slower: the H100 and H200 sets of the default formats under 64 kernels together, and those of
+    """No row more than 3 % slower: the sets of the H100 and H200 together, under 64 kernels of default formats and, of
     all formats, each of which has its own kernels, under 10 MB."""
     from marlin_gen import env
 

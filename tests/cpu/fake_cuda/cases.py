@@ -15,16 +15,17 @@ import tables
 import torch
 
 import marlin_gen
-from marlin_gen import cuda_op, driver, native, serve
+from marlin_gen import cuda_op, driver, first_use, gather, native, serve, toolchain
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Dispatcher
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import FAMILIES, ptx_plan
 from marlin_gen.formats import FORMATS
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.layout import PackedWeight
 from marlin_gen.problem import Problem
 from marlin_gen.serve import Server, ServeWarning
+from marlin_gen.shipped_ptx import ShippedPtx, shipped_ptx
 
 N, K = 256, 512
 GPU = fake_gpu.FakeGpu(Path(__file__).parent / "libcuda.so.1")  # cases.py is copied beside it
@@ -243,6 +244,104 @@ def test_a_thread_without_a_context_gets_torchs(server, launcher_and_library):
     GPU.library.fake_set_context(None)
     call(activations(2, K), w)
     assert library.launches() == before + 1 and GPU.library.fake_context() == 0xC0
+
+
+class TestPtx:
+    """Kernels that ship as PTX, where there is neither table nor compiler."""
+
+    @pytest.fixture
+    def untuned(self, launcher_and_library, monkeypatch) -> Server:
+        launcher, found, _ = launcher_and_library
+
+        def no_compiler():
+            raise toolchain.ToolchainError("no compiler")
+
+        monkeypatch.setattr(first_use, "find_toolchain", no_compiler)
+        made = Server(0, launcher, Dispatcher(tables.H100, [], ptx=shipped_ptx()))
+        monkeypatch.setattr(serve, "_server", lambda index: made)
+        made.launch_natively(found)
+        return made
+
+    def announce(self, m: int):
+        problem = Problem(N, K, m)
+        shape = FAMILIES.rows["mma"].launch_shape(ptx_plan(problem, tables.H100), problem, 132, 132)
+        GPU.announce("mma", fake_gpu.argument_sizes(shape))
+        return shape
+
+    def test_both_launchers_run_them(self, untuned, launcher_and_library):
+        library, w = launcher_and_library[1], packed()
+        with pytest.warns(ServeWarning, match=r"no compiler. Untuned kernels serve instead, such as mma-.* \(ptx\)"):
+            for m in (1, 17, 100):
+                shape = self.announce(m)
+                before = library.launches()
+                call(activations(m, K), w)
+                python = GPU.latest()
+                call(activations(m, K), w)
+                assert library.launches() == before + 1 and untuned.step(Problem(N, K, m)).choice.origin == "ptx"
+                ours, theirs = (fake_gpu.split(launch, shape) for launch in (GPU.latest(), python))
+                same = [name for name in ours if name not in ("a", "c")]
+                assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+    def test_they_wait_for_the_kernel_ahead(self, untuned, launcher_and_library, monkeypatch):
+        """They are made for GPUs without dependent launches, and would not."""
+        monkeypatch.setattr(launcher_and_library[0], "_depends", True)
+        shape, w = self.announce(1), packed()
+        with pytest.warns(ServeWarning):
+            for _ in range(3):
+                call(activations(1, K), w)
+        assert GPU.latest().num_attributes == 0
+        assert int.from_bytes(fake_gpu.split(GPU.latest(), shape)["dependent"], "little") == 0
+
+
+class TestGather:
+    """The kernel that puts activations into act-order."""
+
+    @pytest.fixture
+    def loaded(self, launcher_and_library) -> gather.Gather:
+        GPU.announce("gather", [8, 8, 8, 8, 8, 4, 4, 4])
+        return gather.Gather(0, shipped_ptx())
+
+    def test_the_driver_gets_its_arguments(self, loaded):
+        order, wide = torch.randperm(K), activations(200, 2 * K)
+        for a, m, strides in (
+            (wide[:, :K], 200, (2 * K, 1)), (wide[:3, ::2], 3, (2 * K, 2)), (activations(K), 1, (K, 1)),
+            (activations(K, 7).T, 7, (1, 7)), (activations(2, 3, K), 6, (K, 1)),
+        ):  # fmt: skip
+            before = GPU.launches
+            out = loaded.run(a, order)
+            launch = GPU.latest()
+            raw, rows = bytes(launch.bytes), gather.rows_per_block(m)
+            assert GPU.launches == before + 1 and out.shape == a.shape and out.is_contiguous()
+            assert words(raw[:40], *range(5)) == [a.data_ptr(), out.data_ptr(), order.data_ptr(), *strides]
+            assert [int.from_bytes(raw[i : i + 4], "little") for i in (40, 44, 48)] == [m, K, rows]
+            assert list(launch.grid) == [gather.grid(m, K), 1, 1] and list(launch.block) == [gather.THREADS, 1, 1]
+            assert (launch.num_bytes, launch.num_attributes, launch.stream) == (52, 0, fake_gpu.STREAM)
+
+    def test_what_it_cannot_do_is_left_to_torch(self, loaded, monkeypatch):
+        order, before = torch.arange(K), GPU.launches
+        assert loaded.run(torch.zeros(2, K), order) is None, "4 bytes"
+        assert loaded.run(activations(2, 12), torch.arange(12)) is None, "no 16-byte columns"
+        assert loaded.run(activations(2, K), torch.arange(K + 1)[1:]) is None, "not aligned"
+        assert loaded.run(activations(0, K), order).shape == (0, K), "nothing to launch"
+        assert GPU.launches == before
+        monkeypatch.setattr(gather, "_gather", lambda index: loaded)
+        a = torch.randn(2, K)
+        assert torch.equal(gather.gather(a, order.flip(0)), a.flip(-1))
+
+    def test_it_is_not_loaded_while_a_graph_is_captured(self, loaded, monkeypatch):
+        a, order = activations(2, K), torch.arange(K)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert loaded.run(a, order) is None
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert loaded.run(a, order) is not None
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert loaded.run(a, order) is not None, "loaded, it is captured as any kernel is"
+
+    def test_where_it_does_not_load_torch_does_it(self, launcher_and_library, tmp_path, caplog):
+        made = gather.Gather(0, ShippedPtx(tmp_path))
+        assert made.run(activations(2, K), torch.arange(K)) is None
+        assert made.run(activations(2, K), torch.arange(K)) is None
+        assert len([r for r in caplog.records if "index_select" in r.message]) == 1
 
 
 class TestStriped:

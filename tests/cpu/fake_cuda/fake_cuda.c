@@ -85,13 +85,13 @@ EXPORT int cuDevicePrimaryCtxRetain(void** primary, int device) { return *primar
 EXPORT int cuModuleLoadData(void** module, const void* image) { return *module = (void*)0x30D, 0; }
 
 // Named after its family, whose argument sizes a test has announced.
-static struct Function announced[2];
-EXPORT void fake_announce(int is_wgmma, int count, const int* sizes) {
-  announced[is_wgmma].count = count;
-  memcpy(announced[is_wgmma].sizes, sizes, count * sizeof(int));
+static struct Function announced[3];  // mma, wgmma, gather
+EXPORT void fake_announce(int family, int count, const int* sizes) {
+  announced[family].count = count;
+  memcpy(announced[family].sizes, sizes, count * sizeof(int));
 }
 EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
-  return *function = &announced[strstr(name, "wgmma") != NULL], 0;
+  return *function = &announced[strstr(name, "wgmma") != NULL ? 1 : strstr(name, "gather") != NULL ? 2 : 0], 0;
 }
 EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }
 EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, size_t smem) { return *blocks = 1, 0; }
