@@ -161,7 +161,7 @@ class Server:
                 log.info("n=%d k=%d m=%d: %s", problem.n, problem.k, problem.m, choice.key)
                 if self._no_compiler and not self._has_said_so:
                     self._has_said_so = True
-                    _warn(f"{self._no_compiler}. Untuned kernels serve instead, such as {choice.key}. {_fix(problem)}")
+                    _warn(f"{self._no_compiler}; others serve instead, such as {choice.key}. {_fix(problem)}")
                 return Step(problem, choice, kernel)
         reason = f" ({self._no_compiler})" if self._no_compiler else ""
         _warn(

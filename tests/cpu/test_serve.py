@@ -32,9 +32,7 @@ class Loader:
         self.refuse = refuse
         self.loaded: list[Path] = []
 
-    def load(
-        self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None, ptx: str | None
-    ) -> tuple[Path, str]:
+    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None, ptx: str | None) -> tuple[Path, str]:
         if self.refuse in spec.key:
             raise LaunchError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
         self.loaded.append(cubin)
@@ -145,7 +143,7 @@ def test_a_compiler_that_takes_too_long_is_not_waited_for_twice(monkeypatch):
 
     monkeypatch.setattr(first_use, "compile_now", slow)
     made, _ = server([], ptx=shipped_ptx())
-    with pytest.warns(ServeWarning, match="has not compiled it in 120 s. Untuned kernels serve instead") as caught:
+    with pytest.warns(ServeWarning, match="has not compiled it in 120 s; others serve instead") as caught:
         assert {made.choice(Problem(4096, 4096, m)).origin for m in (1, 20, 100)} == {"ptx"}
     assert len(asked) == len(caught) == 1
 
