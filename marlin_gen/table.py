@@ -123,15 +123,14 @@ class DispatchTable:
         return None
 
     @classmethod
-    def load(cls, folder: Path, *, schemas: Sequence[int] = ()) -> DispatchTable | None:
+    def load(cls, folder: Path) -> DispatchTable | None:
         """The table in ``folder``; None when there is none, or with one warning when it cannot be used at all.
 
-        Rows and kernels that are not understood are left out, all in one warning. ``schemas``: earlier ones to read
-        too, which have no hash of their own.
+        Rows and kernels that are not understood are left out, all in one warning.
         """
         path = folder / FILE_NAME
         try:
-            found = read_file(path, schemas)
+            found = read_file(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

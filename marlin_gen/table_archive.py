@@ -24,7 +24,6 @@ from marlin_gen.table_file import MAX_CUBIN_BYTES, MAX_TABLE_BYTES
 SUFFIX = ".zip"
 MAX_FILES = 16384
 MAX_BYTES = 512 << 20  # of the archive, and of what is in it
-EARLIER_SCHEMAS = (2,)
 
 _NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,80})/(table\.json|kernels/[a-z0-9_-]{1,160}\.cubin)", re.ASCII)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the least that a zip can say
@@ -65,17 +64,17 @@ def _entry(name: str) -> zipfile.ZipInfo:
 def opened(path: Path) -> Iterator[list[DispatchTable]]:
     """The tables in a folder, in its subfolders or in an archive. An archive's lie in a temporary folder meanwhile.
 
-    Tables of earlier schemas are read too. Raises FileNotFoundError or a ValueError when there is none to read; parts
-    that are damaged are left out, with one warning for each table.
+    Raises FileNotFoundError or a ValueError when there is none to read; parts that are damaged are left out, with one
+    warning for each table.
     """
     if path.is_dir():
-        yield _some(tables_below(path, schemas=EARLIER_SCHEMAS), path)
+        yield _some(tables_below(path), path)
         return
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; name a folder of tables, or an archive of marlin-gen export")
     with tempfile.TemporaryDirectory(prefix="marlin_gen-tables-") as folder:
         _unpack(path, Path(folder))
-        yield _some(tables_below(Path(folder), schemas=EARLIER_SCHEMAS), path)
+        yield _some(tables_below(Path(folder)), path)
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def held(table: DispatchTable) -> Iterator[DispatchTable]:
     with whole_files.locked(table.folder, shared=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TableWarning)  # it was said when the table was first read
-            now = DispatchTable.load(table.folder, schemas=EARLIER_SCHEMAS)
+            now = DispatchTable.load(table.folder)
         yield now or table
 
 

@@ -21,13 +21,12 @@ from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.formats import LAYOUT_VERSION
 from marlin_gen.table_row import FieldError, KernelFile, TableRow, size, take
 
-SCHEMA = 3  # 2 had no seal and no launch_version, which was 2; the kernels of 1 took other arguments
+SCHEMA = 3  # earlier ones had no seal, and kernels that took other arguments
 FILE_NAME = "table.json"
 MAX_TABLE_BYTES = 64 << 20  # 80000 rows
 MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
 
 _SEAL = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",\n')
-_EARLIER = "; `marlin-gen import` reads tables of schema 2"
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Parsed:
     faults: Sequence[str] = field(default=(), compare=False)
 
     @classmethod
-    def of(cls, data: Any, schemas: Sequence[int] = ()) -> Parsed:
+    def of(cls, data: Any) -> Parsed:
         """The schema; a ValueError when the head is at fault."""
         try:
-            _check_versions(data, (SCHEMA, *schemas))
+            _check_versions(data)
             gpu = _gpu(take(data, "gpu", dict))
             protocol, runs = take(data, "protocol", str), take(data, "runs", list)
             kernel_data, row_data = take(data, "kernels", dict), take(data, "rows", list)
@@ -72,16 +71,12 @@ class Parsed:
         return cls(gpu, protocol, runs, kernels, rows, faults)
 
 
-def _check_versions(data: Any, schemas: Sequence[int]) -> None:
+def _check_versions(data: Any) -> None:
     fix = "it was written by another version of marlin_gen, tune again"
-    if (schema := take(data, "schema", int)) not in schemas:
-        raise FieldError(f"schema={schema} is not {SCHEMA}; {fix}{_EARLIER if schema == 2 else ''}")
-    launch = 2 if schema == 2 else take(data, "launch_version", int)
-    for name, found, expected in (
-        ("layout_version", take(data, "layout_version", int), LAYOUT_VERSION),
-        ("launch_version", launch, LAUNCH_VERSION),
-    ):
-        if found != expected:
+    for name, expected in (
+        ("schema", SCHEMA), ("layout_version", LAYOUT_VERSION), ("launch_version", LAUNCH_VERSION)
+    ):  # fmt: skip
+        if (found := take(data, name, int)) != expected:
             raise FieldError(f"{name}={found} is not {expected}; {fix}")
 
 
@@ -98,12 +93,12 @@ def _gpu(data: dict[str, Any]) -> Gpu:
     return gpu
 
 
-def read_file(path: Path, schemas: Sequence[int] = ()) -> Parsed:
+def read_file(path: Path) -> Parsed:
     """The table at ``path``; an OSError, or a ValueError that says why no part of it is used."""
-    return parse_file(whole_files.read(path, MAX_TABLE_BYTES), schemas)
+    return parse_file(whole_files.read(path, MAX_TABLE_BYTES))
 
 
-def parse_file(content: bytes, schemas: Sequence[int] = ()) -> Parsed:
+def parse_file(content: bytes) -> Parsed:
     """The table whose file has this content; a ValueError that says why no part of it is used."""
     try:
         data = json.loads(content)
@@ -113,7 +108,7 @@ def parse_file(content: bytes, schemas: Sequence[int] = ()) -> Parsed:
     # Another schema is named as such, be it sealed or not.
     if schema == SCHEMA or not isinstance(schema, int):
         check_seal(content)
-    return Parsed.of(data, schemas)
+    return Parsed.of(data)
 
 
 def seal(rest: str) -> str:

@@ -1,10 +1,11 @@
-"""Compile every kernel of a table anew, from the templates as they are. Its rows, and so its times, stay.
+"""Compile kernels of a table from the templates as they are. Its rows, and so its times, stay.
 
-    python tools/rebuild_table.py tuned/h200-132sm-4814gbs [--out FOLDER]
+    python tools/rebuild_table.py tuned/h200-132sm-4814gbs              # all of them, and defaults that it lacks
+    python tools/rebuild_table.py tuned/h100-132sm-3352gbs --defaults   # only defaults that it lacks
 
-For a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune again:
-the table's bench, and its tests on that GPU, must be run with the new kernels. Also reads tables of an earlier
-launch_version, which nothing else uses. Extra: tune.
+All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
+again: the table's bench, and its tests on that GPU, must be run with the new kernels. Also reads tables of an earlier
+launch_version, which nothing else uses. Defaults, after a change of theirs: a look-up may name each. Extra: tune.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from marlin_gen import whole_files  # noqa: E402
 from marlin_gen.arch import Gpu  # noqa: E402
 from marlin_gen.compile import compile_all  # noqa: E402
 from marlin_gen.config import KernelSpec  # noqa: E402
+from marlin_gen.families import default_specs  # noqa: E402
 from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
@@ -28,30 +30,30 @@ from marlin_gen.table_file import FILE_NAME  # noqa: E402
 from marlin_gen.table_row import KernelFile, TableRow  # noqa: E402
 
 
-def rebuilt(path: Path) -> tuple[DispatchTable, list[Artifact]]:
-    """The table of ``path`` with new kernels; SystemExit when one of them does not compile."""
-    data = json.loads(path.read_bytes())
-    gpu = Gpu.from_json(data["gpu"])
-    found = compile_all([render(KernelSpec.from_key(key)) for key in data["kernels"]])
-    artifacts = [result for result in found.values() if isinstance(result, Artifact)]
+def compiled(specs: list[KernelSpec]) -> list[Artifact]:
+    """SystemExit when one of them does not compile."""
+    found = compile_all([render(spec) for spec in specs])
     if failed := [f"{spec.key}: {result}" for spec, result in found.items() if not isinstance(result, Artifact)]:
         raise SystemExit("\n".join(failed))
-    rows = [TableRow.from_json(row) for row in data["rows"]]
-    kernels = {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
-    return DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"]), artifacts
+    return [result for result in found.values() if isinstance(result, Artifact)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="a table's folder")
-    parser.add_argument("--out", type=Path, help="a folder of tables (default: that of the table)")
+    parser.add_argument("--defaults", action="store_true", help="compile only the defaults that the table lacks")
     options = parser.parse_args()
-    table, artifacts = rebuilt(options.table / FILE_NAME)
-    folder = options.out / options.table.name if options.out else options.table
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_files.locked(folder):
-        table.write(folder, artifacts)
-    print(f"{len(artifacts)} kernels of {len(table.rows)} rows")
+    data = json.loads((options.table / FILE_NAME).read_bytes())
+    gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
+    there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items()}
+    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
+    missing = [spec for spec in default_specs(gpu.arch, kinds) if spec.key not in there]
+    artifacts = compiled(missing if options.defaults else [*map(KernelSpec.from_key, there), *missing])
+    kernels = there | {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
+    table = DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"])
+    with whole_files.locked(options.table):
+        table.write(options.table, artifacts)
+    print(f"{len(artifacts)} of {len(kernels)} kernels compiled, {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from marlin_gen.cli import arguments, study
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
+from marlin_gen.families import default_specs
 from marlin_gen.measurement import Artifact
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
@@ -95,9 +96,9 @@ def _beside(found: DispatchTable) -> list[Path]:
 
 
 def _default_kernels(whole: DispatchTable) -> set[str]:
-    """What rows name as the untuned choice, as far as the table has it."""
-    named = {spec.key for row in whole.rows if row.default_plan for spec in row.specs(whole.gpu)[1:]}
-    return named & whole.kernels.keys()
+    """What an untuned shape may be served with, as far as the table has it."""
+    kinds = {(row.problem.weight_format, row.problem.act_dtype) for row in whole.rows}
+    return {spec.key for spec in default_specs(whole.gpu.arch, kinds)} & whole.kernels.keys()
 
 
 def _recorded(recordings: Sequence[Recording], found: DispatchTable) -> set[str]:

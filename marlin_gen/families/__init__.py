@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from marlin_gen.arch import ARCHS, PTX_ARCH, Gpu
-from marlin_gen.config import Plan
+from collections.abc import Iterable
+
+from marlin_gen.arch import ARCHS, PTX_ARCH, Arch, Gpu
+from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.families.base import Registry
 from marlin_gen.families.mma import MMA
 from marlin_gen.families.wgmma import WGMMA
+from marlin_gen.formats import weight_format
 from marlin_gen.problem import Problem
 
 FAMILIES = Registry({"mma": MMA, "wgmma": WGMMA})
@@ -15,13 +18,24 @@ FAMILIES = Registry({"mma": MMA, "wgmma": WGMMA})
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     """What runs without a table: mma for few tokens and where the GPU has no wgmma, wgmma elsewhere.
 
-    Few are 16; and 32 where tiles of 64 features leave half of the SMs idle and k is too short to split over a cluster
-    (n = k = 4096 on an H100: 6.6 us against 8.0).
+    Few are 16; 32 where tiles of 64 features leave half of the SMs idle and k is too short to split over a cluster
+    (n = k = 4096 on an H100: 6.6 us against 8.0); 64 where they leave 7 of 8 idle (1024x8192: 7.7 against 16.9).
     """
     wgmma = WGMMA.default(problem, gpu)
     usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
-    is_small = problem.n // 64 * 2 <= gpu.num_sms and problem.k <= 4096
-    return wgmma if usable and problem.m > (32 if is_small else 16) else MMA.default(problem, gpu)
+    tiles = problem.n // 64
+    few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 2 <= gpu.num_sms and problem.k <= 4096 else 16
+    return wgmma if usable and problem.m > few else MMA.default(problem, gpu)
+
+
+def default_specs(arch: Arch, kinds: Iterable[tuple[str, str]]) -> list[KernelSpec]:
+    """Every kernel that a default may be, for these pairs of a weight format and an activation type."""
+    return [
+        KernelSpec(config, fmt, dtype, arch.name)
+        for fmt, dtype in kinds
+        for family in FAMILIES.rows.values()
+        for config in family.defaults(arch, weight_format(fmt))
+    ]
 
 
 def ptx_plan(problem: Problem, gpu: Gpu) -> Plan:

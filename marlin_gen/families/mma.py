@@ -37,6 +37,7 @@ def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, 
 # two to seven row blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
 _DEFAULTS = {
     "sm_90a": (
+        _config(8, 16, 8, 3, "deferred", k=256),
         _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 16, 3, "deferred"), _config(8, 64, 8, 4, "deferred"),
         _config(16, 32, 8, 3, "deferred", k=128), _config(16, 48, 8, 3, "deferred", k=128),
         _config(16, 112, 4, 2, "deferred", blocks=2),
@@ -146,21 +147,24 @@ class MmaFamily:
         return None if problem.m > 0 else "m=0 has no tokens, so there is nothing to launch"
 
     def default(self, problem: Problem, gpu: Gpu, arch: Arch | None = None) -> Plan:
-        """Of the token tiles large enough (else the largest), the config whose busiest SM has the least to do.
+        """The config whose busiest SM has the least to do.
 
         ``arch``: the target to take configs of, where it is not the GPU's own.
         """
         configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
-        tile = min((c.block_m for c in configs if c.block_m >= problem.m), default=max(c.block_m for c in configs))
 
-        def rows_of_an_sm(config: KernelConfig) -> float:
+        def work_of_an_sm(config: KernelConfig) -> float:
             resident = gpu.num_sms * config.blocks_per_sm
             rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
             pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
             passes = _ceil_div(rows, pass_rows)
-            return passes * pass_rows + passes / 2  # adding up a pass costs about as much as half a row block
+            # Adding up a pass costs about as much as half a row block, 24 tokens as much as the weights; what does not
+            # fit at once comes in rounds.
+            ranges = _ceil_div(problem.n // ROW_BLOCK, _rows_per_cluster(config, problem, resident))
+            rounds = _ceil_div(ranges * _ceil_div(max(problem.m, 1), config.block_m), resident)
+            return rounds * (passes * pass_rows + passes / 2) * (24 + config.block_m)
 
-        return Plan(min((c for c in configs if c.block_m == tile), key=rows_of_an_sm))
+        return Plan(min(configs, key=work_of_an_sm))
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""

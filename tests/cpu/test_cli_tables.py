@@ -161,17 +161,6 @@ def test_a_damaged_kernel_is_not_imported_over_a_good_one(home, capsys):
     assert [r.plan for r in found.rows] == [mma(16), mine] and found.intact() == found
 
 
-def test_a_table_of_the_earlier_schema_is_read_by_import_alone(home, capsys):
-    made = tables.table(home / "old", [row(4096, 4096, 1, mma())])
-    data = json.loads(made.text())
-    del data["sha256"], data["launch_version"]
-    (made.folder / FILE_NAME).write_text(json.dumps({**data, "schema": 2}))
-    with pytest.warns(UserWarning, match="marlin-gen import"):
-        assert DispatchTable.load(made.folder) is None
-    said(capsys, "import", str(home / "old"), "--to", str(home / "new"))
-    assert DispatchTable.load(home / "new" / H100.slug).rows == made.rows
-
-
 def test_tables_of_several_machines_merge_to_the_fastest(home, capsys):
     for i, us in enumerate((12.0, 9.0, 10.0)):
         own = row(64 * (i + 1), 128, 1, mma())

@@ -13,11 +13,11 @@ from tables import A100, H100, H200, mma, row, wgmma
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.dispatch import MAX_DISTANCE, Dispatcher, choose, find_tables
-from marlin_gen.distance import distance, wave_fill
+from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables
 from marlin_gen.families import FAMILIES
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
+from marlin_gen.table_index import MAX_DISTANCE, distance, wave_fill
 
 M1, M16, M64 = mma(32), wgmma(16), wgmma(64)
 
@@ -76,6 +76,19 @@ def test_nearest_shape():
     table = bare([row(8192, 4096, 8, far), row(4096, 4096, 8, near)])
     found = plans(Problem(4096, 5120, 8), table)
     assert found[:2] == [("nearest", near), ("nearest", far)]
+
+
+@pytest.mark.parametrize(("loss", "first"), [(GOOD_DEFAULTS - 0.01, "default"), (GOOD_DEFAULTS + 0.01, "nearest")])
+def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_good(loss, first):
+    """In the mean over the rows of the problem's formats; rows without a default's time say nothing."""
+    ways = {4096: 0.9, 8192: 1 / 0.9}
+    timed = [replace(row(n, 4096, 1, M1, default=M16), default_us=10.0 * loss * way) for n, way in ways.items()]
+    other = Problem(4096, 4096, 1, "u4b8g64")
+    silent = [row(6144, 4096, 1, M1), replace(row(4096, 4096, 1, M1), problem=other, default_us=30.0)]
+    table = bare([*timed, *silent])
+    origins = [origin for origin, _ in plans(Problem(5120, 4096, 1), table)]
+    assert origins[0] == first and {"default", "nearest"} <= set(origins)
+    assert plans(Problem(4096, 4096, 1), table)[0] == ("exact", M1)
 
 
 def test_nearest_shape_prefers_a_plan_that_keeps_the_waves_full():

@@ -60,7 +60,7 @@ def test_reject_reason_names_the_value(change: dict[str, object], arch: str, wor
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch.name)
 def test_default_is_legal_and_listed(gpu: Gpu) -> None:
     listed = set(MMA.defaults(gpu.arch, FORMAT))
-    assert 0 < len(listed) <= 8
+    assert 0 < len(listed) <= 9
     for config in listed:
         assert MMA.reject_reason(config, FORMAT, gpu.arch) is None
     returned = {MMA.default(Problem(n, k, m), gpu).config for n, k in SHAPES for m in TOKENS}

@@ -90,7 +90,7 @@ def test_a_file_that_is_no_table_is_a_miss(written, text):
 
 HEADS = {
     "schema": (lambda d: d.update(schema=99), "schema=99 is not 3; it was written by another version"),
-    "earlier schema": (lambda d: d.update(schema=2), "marlin-gen import` reads tables of schema 2"),
+    "earlier schema": (lambda d: d.update(schema=2), "schema=2 is not 3"),
     "launch": (lambda d: d.update(launch_version=1), "launch_version=1 is not 3"),
     "layout": (lambda d: d.update(layout_version=2), "layout_version=2 is not 1"),
     "gpu field": (lambda d: d["gpu"].pop("num_sms"), "num_sms is missing"),

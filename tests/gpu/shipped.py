@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from marlin_gen.arch import arch_for
 from marlin_gen.config import KernelSpec
 from marlin_gen.dispatch import KernelLocation, find_tables
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import default_specs
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.measurement import Artifact
@@ -35,13 +36,7 @@ def specs() -> list[KernelSpec]:
 def defaults() -> list[KernelSpec]:
     """What families choose without a table."""
     arch = arch_for(torch.cuda.get_device_capability())
-    return [
-        KernelSpec(config, fmt.name, dtype, arch.name)
-        for fmt in FORMATS.values()
-        for dtype in DTYPES
-        for family in FAMILIES.rows.values()
-        for config in family.defaults(arch, fmt)
-    ]
+    return default_specs(arch, product(FORMATS, DTYPES))
 
 
 @cache
@@ -83,5 +78,5 @@ def location(spec: KernelSpec) -> KernelLocation:
 @cache
 def kernel(spec: KernelSpec) -> Kernel:
     """Loaded, once a process."""
-    cubin, symbol = location(spec)
-    return Launcher.for_device(torch.cuda.current_device()).load(cubin, symbol, spec)
+    found = location(spec)
+    return Launcher.for_device(torch.cuda.current_device()).load(found.cubin, found.symbol, spec)

@@ -261,11 +261,16 @@ class FreshServer:
 
 
 def test_without_a_kernel_the_answer_is_still_right_with_one_warning(monkeypatch, tmp_path):
+    from marlin_gen import first_use, toolchain
     from marlin_gen.serve import ServeWarning
 
+    def no_compiler() -> None:
+        raise toolchain.ToolchainError("no compiler, says the test")
+
+    monkeypatch.setattr(first_use, "find_toolchain", no_compiler)
     server = FreshServer(monkeypatch).server
     server.dispatcher.tables.clear()
-    server._can_compile = False
+    server.dispatcher.ptx = None
     codes, scales, packed = weight(256, 512)
     a = activations(8, 512)
     with pytest.warns(ServeWarning, match=r"no kernel for n=256, k=512, m=8 on .*marlin-gen tune") as caught:

@@ -1,0 +1,96 @@
+"""The rows of dispatch tables by shape: which of them concern a problem, and how far its shape is from theirs."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from marlin_gen.arch import Gpu
+from marlin_gen.config import Plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.problem import Problem
+from marlin_gen.table import DispatchTable
+from marlin_gen.table_row import TableRow
+
+MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better guide than another shape's winner
+MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
+
+
+class Shape(NamedTuple):
+    n: int
+    k: int
+    weight_format: str
+    act_dtype: str
+
+
+@dataclass
+class TableIndex:
+    """The rows of several tables by shape, for one bisection per look-up."""
+
+    shapes: dict[Shape, tuple[list[int], list[TableRow]]]
+    default_loss: dict[tuple[str, str], float]  # by formats: what defaults took over what winners took, in the mean
+
+    @classmethod
+    def of(cls, tables: Sequence[DispatchTable]) -> TableIndex:
+        by_problem: dict[Problem, TableRow] = {}
+        for table in tables:
+            for row in table.rows:
+                by_problem.setdefault(row.problem, row)
+        shapes: dict[Shape, tuple[list[int], list[TableRow]]] = {}
+        for problem in sorted(by_problem):
+            sizes, rows = shapes.setdefault(shape_of(problem), ([], []))
+            sizes.append(problem.m)
+            rows.append(by_problem[problem])
+        losses: dict[tuple[str, str], list[float]] = {}
+        for problem, row in by_problem.items():
+            if row.default_us:
+                kind = problem.weight_format, problem.act_dtype
+                losses.setdefault(kind, []).append(math.log(row.default_us / row.us))
+        return cls(shapes, {kind: math.exp(sum(logs) / len(logs)) for kind, logs in losses.items()})
+
+    def exact(self, shape: Shape, m: int) -> Iterator[TableRow]:
+        """The shape's rows in the order of step 2."""
+        sizes, rows = self.shapes.get(shape, ([], []))
+        at = bisect_left(sizes, m)
+        yield from rows[at:]
+        yield from reversed(rows[:at])
+
+    def nearest(self, problem: Problem, gpu: Gpu) -> list[TableRow]:
+        """At most ``MAX_NEAREST`` rows of other shapes, in the order of step 3."""
+        found = []
+        for shape in self.shapes:
+            if shape[2:] == (problem.weight_format, problem.act_dtype) and shape != shape_of(problem):
+                row = next((row for row in self.exact(shape, problem.m) if not rejected(row.plan, problem)), None)
+                if row and (d := distance(problem, row, gpu.num_sms)) <= MAX_DISTANCE:
+                    found.append((d, row.problem, row))
+        return [row for _, _, row in sorted(found, key=lambda entry: entry[:2])[:MAX_NEAREST]]
+
+
+def shape_of(problem: Problem) -> Shape:
+    return Shape(problem.n, problem.k, problem.weight_format, problem.act_dtype)
+
+
+def rejected(plan: Plan, problem: Problem) -> str | None:
+    """Why this plan cannot serve this problem, as a sentence; None when it can."""
+    return FAMILIES.of(plan.config).reject_problem(plan.config, problem)
+
+
+def distance(problem: Problem, row: TableRow, num_sms: int) -> float:
+    """How far a row's shape is from the problem's, in octaves, for this row's plan: see the rule."""
+    there = row.problem
+    lost = wave_fill(row.plan, there, num_sms) / wave_fill(row.plan, problem, num_sms)
+    return abs(math.log2(problem.n / there.n)) + abs(math.log2(problem.k / there.k)) + max(0.0, math.log2(lost))
+
+
+def wave_fill(plan: Plan, problem: Problem, num_sms: int) -> float:
+    """Busy over all block slots of the waves a problem takes, in (0, 1]; 1 for striped, which has no tail."""
+    config = plan.config
+    if config.partition == "striped":
+        return 1.0
+    tiles = -(-problem.n // config.block_n) * -(-max(problem.m, 1) // config.block_m)
+    blocks = tiles * (config.cluster_size if config.partition == "clusterk" else 1)
+    slots = num_sms * config.blocks_per_sm
+    return blocks / (-(-blocks // slots) * slots)
