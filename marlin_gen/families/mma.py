@@ -37,8 +37,8 @@ def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, 
 # two to seven row blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
 _DEFAULTS = {
     "sm_90a": (
-        _config(8, 16, 8, 3, "deferred", k=256),
         _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 16, 3, "deferred"), _config(8, 64, 8, 4, "deferred"),
+        _config(8, 16, 8, 3, "deferred", k=256),
         _config(16, 32, 8, 3, "deferred", k=128), _config(16, 48, 8, 3, "deferred", k=128),
         _config(16, 112, 4, 2, "deferred", blocks=2),
         _config(32, 32, 8, 2, "exact", k=128), _config(64, 64, 8, 2, "exact"),
