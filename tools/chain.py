@@ -141,7 +141,7 @@ def captured(walk: Walk, linear: Linear, problems: Problems, layers: int, inputs
     def call(block: int) -> None:
         ends[0] = walk(linear, problems, block, ends[0] if block else inputs)
 
-    bench.stream.synchronize()  # weights and locks are written before a dependent launch may read them early
+    bench.stream.synchronize()  # weights and locks are written before the first launch, on another stream, reads them
     return Graph(call, layers, bench.stream), ends[0]
 
 
