@@ -107,7 +107,8 @@ def test_exported_and_compiled_ahead_of_time(tmp_path: Path):
     """In a process of its own: with torch 2.11 on a GPU it ends in a segmentation fault behind "exported"."""
     command = [sys.executable, "-c", AHEAD_OF_TIME, str(tmp_path / "layer.pt2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.stdout.split() == ["exported", "packaged", "loaded", "ran"], f"exit status {done.returncode}: {done.stderr[-2000:]}"
+    steps = ["exported", "packaged", "loaded", "ran"]
+    assert done.stdout.split() == steps, f"exit status {done.returncode}: {done.stderr[-2000:]}"
 
 
 def test_copies_and_pickles_of_modules_and_weights():
