@@ -41,7 +41,8 @@ class KernelConfig:
             raise ValueError(f"dequant={self.dequant!r} is not one of {DEQUANTS}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and (not isinstance(value, int) or value < (f.name != "a_stages")):
+            least = 0 if f.name == "a_stages" else 1
+            if f.type == "int" and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{f.name}={value!r} is not a positive whole number")
 
     @property

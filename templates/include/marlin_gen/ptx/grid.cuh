@@ -11,16 +11,10 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until the kernel before this one is complete and what it wrote is visible. Only constants may be read before.
+// Until the kernel before this one is complete and what it wrote is visible. Nothing is read or written before.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Brings `bytes` (a multiple of 16) of global memory to L2.
-__device__ __forceinline__ void cp_async_bulk_prefetch_l2(void const* gmem, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
 #endif
 }
 
