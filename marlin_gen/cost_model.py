@@ -48,27 +48,28 @@ class Costs:
     the shape that is judged was left out of the fit.
     """
 
-    launch_us: float = 1.9  # of a graph node, the first bytes from DRAM and the last store
+    launch_us: float = 2.17  # of a graph node, the first bytes from DRAM and the last store
     bandwidth_share: float = 0.975  # of the theoretical DRAM bandwidth
-    latency_us: float = 0.85  # from asking for a stage until it is there
-    l2_bytes: float = 120.0  # a clock and SM; the activations that several blocks share
-    wgmma_share: float = 0.92  # of the tensor rate
-    wgmma_tokens: float = 27.0  # an instruction of fewer tokens is not quicker: its weights come from registers
-    exact_alu: float = 2.5  # instructions per weight
-    deferred_alu: float = 1.3
-    correction_alu: float = 6.9  # instructions per weight and 128 tokens, once for each scale group
-    overlap_loss: float = 0.64  # share of the shorter of dequantisation and multiplication that is not hidden
-    compute_norm: float = 1.8
-    body_norm: float = 3.5
-    mma_stage: float = 340.0  # clocks of a warp: waiting for one stage of its ring, loading fragments
-    wgmma_stage: float = 210.0  # clocks of a warpgroup: waiting for one stage, and releasing it
-    mma_finish: float = 540.0  # clocks after a pass: barriers and stores
-    mma_finish_each: float = 0.15  # clocks per sum of each warp along k
-    wgmma_sum_each: float = 0.84  # clocks per sum of each further warpgroup along k
-    cluster: float = 1960.0  # clocks: two cluster barriers, and the longer launch
-    cluster_each: float = 1.0  # clocks per sum in distributed shared memory
-    fixup: float = 5260.0  # clocks: the tiles that a block shares with its neighbours, and waiting for them
-    fixup_each: float = 0.52  # clocks per sum through global memory
+    latency_us: float = 0.733  # from asking for a stage until it is there
+    l2_bytes: float = 92.7  # a clock and SM; the activations that several blocks share
+    wgmma_share: float = 0.916  # of the tensor rate
+    wgmma_tokens: float = 29.3  # an instruction of fewer tokens is not quicker: its weights come from registers
+    exact_alu: float = 2.46  # instructions per weight
+    deferred_alu: float = 2.06
+    correction_alu: float = 2.09  # instructions per weight and 128 tokens, once for each scale group
+    overlap_loss: float = 0.426  # share of the shorter of dequantisation and multiplication that is not hidden
+    compute_norm: float = 1.79
+    body_norm: float = 4.23
+    mma_stage: float = 332.0  # clocks of a warp: waiting for one stage of its ring, loading fragments
+    wgmma_stage: float = 375.0  # clocks of a warpgroup: waiting for one stage, and releasing it
+    mma_finish: float = 367.0  # clocks after a pass: barriers and stores
+    mma_finish_each: float = 0.148  # clocks per sum of each warp along k
+    wgmma_sum_each: float = 0.01  # clocks per sum of each further warpgroup along k
+    mma_cluster: float = 1960.0  # clocks: two cluster barriers with their fences, and the longer launch
+    wgmma_cluster: float = 1680.0  # clocks: the longer launch; its barriers need no fences
+    cluster_each: float = 0.226  # clocks per sum in distributed shared memory
+    fixup: float = 3960.0  # clocks: the tiles that a block shares with its neighbours, and waiting for them
+    fixup_each: float = 0.438  # clocks per sum through global memory
 
 
 COSTS = Costs()
@@ -160,7 +161,8 @@ def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
     tile = c.block_m * c.block_n
     finish = where(c.is_mma, costs.mma_finish + costs.mma_finish_each * tile * c.warps_k,
                    costs.wgmma_sum_each * tile * (c.warps_k - 1))  # fmt: skip
-    finish = finish + where(c.clusterk, costs.cluster + costs.cluster_each * tile, 0.0)
+    cluster = where(c.is_mma, costs.mma_cluster, costs.wgmma_cluster) + costs.cluster_each * tile
+    finish = finish + where(c.clusterk, cluster, 0.0)
     stage = where(c.is_mma, costs.mma_stage, costs.wgmma_stage)
     chain = alu * 4 / (c.warps_n * c.warps_k) + own_steps * stage + np.maximum(rounds - 1, 0) * finish
 

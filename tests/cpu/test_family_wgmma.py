@@ -161,8 +161,8 @@ FAULTS = (
     ),
     Fault(
         "releases the stage it multiplies", TILES,
-        "if (last_stage >= 0) release(barriers.a_empty(last_stage));\n    last_stage = a_stage;",
-        "release(barriers.a_empty(last_stage = a_stage));",
+        "if (last_stage >= 0) release_activations(last_stage);\n    last_stage = a_stage;",
+        "release_activations(last_stage = a_stage);",
         ("B of a wgmma was overwritten", "more arrivals"),
     ),
     Fault(
@@ -232,9 +232,7 @@ FAULTS = (
         (TOUCHED, WRONG),
     ),
     Fault(
-        "leaves while others signal it", CLUSTER_2,
-        "__syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late\n"
-        "    ptx::barrier_cluster_sync();", "return;",
+        "signals a rank that may have left", CLUSTER_2, "if (is_last) return;", "",
         ("a block that has left",),
     ),
     Fault(

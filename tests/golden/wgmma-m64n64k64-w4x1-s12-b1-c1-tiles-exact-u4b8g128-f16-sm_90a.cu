@@ -114,8 +114,8 @@ struct Barriers {
   // Between init and the consumers' first use, in every block of the cluster; every warp calls one of them.
   // The producer need not wait for its own block; for a cluster it does, since compute-sanitizer hangs where a cluster barrier's
   // arrive and wait are apart.
-  __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_arrive(0, Config::kThreads); }
-  __device__ void ready_sync() const { kRanks > 1 ? ptx::barrier_cluster_sync() : ptx::bar_sync(0, Config::kThreads); }
+  __device__ void ready_arrive() const { kRanks > 1 ? ptx::barrier_cluster_sync_relaxed() : ptx::bar_arrive(0, Config::kThreads); }
+  __device__ void ready_sync() const { kRanks > 1 ? ptx::barrier_cluster_sync_relaxed() : ptx::bar_sync(0, Config::kThreads); }
   __device__ u32 full(int stage) const { return base + stage * 8; }               // the producer has filled it
   __device__ u32 empty(int stage) const { return base + (kStages + stage) * 8; }  // its consumers are done
   // The same of activations, in the other ring if there is one.
@@ -180,6 +180,8 @@ class Walk {
     }
     return true;
   }
+  // Whether `next` has nothing more.
+  __device__ bool is_done() const { return next_ >= (Config::kPartition == Partition::kStriped ? end_ : num_tiles_); }
   // Which stripe starts `tile`: at most one split tile starts in a stripe, so this numbers the scratch slots.
   __device__ int first_stripe(int tile) const { return tile * k_blocks_ / per_block_; }
 
@@ -328,7 +330,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply(int stage, int a_stage) {
     u64 const b = ptx::wgmma_descriptor(smem + a_stage * kAStageBytes);
     ptx::wgmma_fence();
-    // Not before: an arrival right behind the loads may overtake them, and what refills the stage is quick if L2 has it.
+    // Not before wgmma_fence: an arrival right behind the loads may overtake them, and what refills the stage is quick if L2 has it.
     if (kOwnRing) release(barriers.empty(stage));
 #pragma unroll
     for (int i = 0; i < kSlabs * 4; ++i) {
@@ -338,9 +340,15 @@ struct Consumer {
     ptx::wgmma_commit_group();
   }
 
-  // Every thread arrives, since every thread has read weights with ordinary loads. For activations, which only wgmmas read, one
-  // arrival a warp would do: it is 1 to 3 % slower.
-  __device__ __forceinline__ void release(u32 empty) { ptx::mbarrier_arrive(empty); }
+  // Every thread arrives, since every thread has read weights with ordinary loads. The fence orders those before the copy engine's
+  // writes, and costs nothing here. For a ring of activations, which only wgmmas read, one arrival a warp would do: it is 1 to 3 % slower.
+  __device__ __forceinline__ void release(u32 empty) {
+    ptx::fence_proxy_async_shared();
+    ptx::mbarrier_arrive(empty);
+  }
+  __device__ __forceinline__ void release_activations(int stage) {
+    kOwnRing ? ptx::mbarrier_arrive(barriers.a_empty(stage)) : release(barriers.a_empty(stage));
+  }
 
   // fragments[kBuffer] = the weights of stage `at`, once they are there.
   template <int kBuffer>
@@ -356,7 +364,7 @@ struct Consumer {
     if (kOwnRing) ptx::mbarrier_wait(barriers.a_full(a_stage), a_at.phase);
     multiply<kBuffer>(at.stage, a_stage);
     ptx::wgmma_wait_group<1>();  // those before are done: the registers and the activations that they read are free
-    if (last_stage >= 0) release(barriers.a_empty(last_stage));
+    if (last_stage >= 0) release_activations(last_stage);
     last_stage = a_stage;
     at.advance<kSplits>();
     a_at.advance<kSplits>();
@@ -381,7 +389,7 @@ struct Consumer {
       if (++i == mine) break;
     }
     ptx::wgmma_wait_group<0>();
-    release(barriers.a_empty(last_stage));
+    release_activations(last_stage);
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
@@ -411,7 +419,7 @@ struct Consumer {
   }
 
   // Every rank sends each rank the quads it stores, and adds what it gets in the order of the ranks.
-  __device__ __forceinline__ void reduce_ranks(int pieces_before) {
+  __device__ __forceinline__ void reduce_ranks(int pieces_before, bool is_last) {
     if constexpr (kRanks > 1) {
       u32 const inbox = smem + kRankSumsAt + row_tile * kQuads * kQuadBytes + thread * 16;
       u32 const rank = ptx::cluster_ctarank(), phase = pieces_before & 1;
@@ -435,6 +443,8 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kStoreQuads; ++i) add(i, ptx::ld_shared_f32x4(inbox + (from * kStoreQuads + i) * kQuadBytes));
       }
+      // Nobody waits for what follows, a fence of the whole GPU; and all that is sent to a block must arrive before it leaves.
+      if (is_last) return;
       ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);  // all have read
       if (thread < kRanks) ptx::mbarrier_arrive_cluster(ptx::mapa(barriers.sums_empty(row_tile), thread));
     }
@@ -461,7 +471,6 @@ struct Consumer {
 #pragma unroll
       for (int j = 0; j < kQuads; ++j)
         ptx::st_global_cg_f32x4(slab + j * kWarpgroup, {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
-      ptx::fence_gpu();
       ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
     }
     if (thread == 0) ptx::st_release_gpu(lock, is_first ? 0 : k_blocks - piece.first);
@@ -549,16 +558,12 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin
       self.mainloop(piece.count);
       self.reduce_splits();
       if (self.split > 0) continue;
-      self.reduce_ranks(pieces);
+      self.reduce_ranks(pieces, walk.is_done());
       if (self.reduce_stripes(piece, k_blocks, walk.first_stripe(piece.tile), partials, locks)) {
         int const first_token = kRanks > 1 ? static_cast<int>(ptx::cluster_ctarank()) * kStoreQuads * 8 : 0;
         self.store(c_map, bias, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
       }
     }
     if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
-  }
-  if constexpr (kRanks > 1) {  // no block may leave while another may still signal its barriers
-    __syncwarp();  // the aligned barrier wants whole warps; one lane of the producer's comes late
-    ptx::barrier_cluster_sync();
   }
 }

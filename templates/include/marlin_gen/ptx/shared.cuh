@@ -37,7 +37,7 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
 __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Ordinary stores to shared memory become visible to TMA and wgmma (the asynchronous proxy).
+// Orders ordinary accesses to shared memory before what TMA and wgmma (the asynchronous proxy) do there.
 __device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace marlin_gen::ptx

@@ -24,6 +24,7 @@ inline void barrier_cluster_sync() {
   barrier_cluster_arrive_release();
   barrier_cluster_wait_acquire();
 }
+inline void barrier_cluster_sync_relaxed() { barrier_cluster_sync(); }
 inline u32 mapa(u32 address, u32 rank) { return rank << 24 | own(address); }
 inline f32x4 ld_shared_cluster_f32x4(u32 address) {
   may_pause();
