@@ -17,7 +17,8 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    a third of the SMs would idle. Shapes further than ``MAX_DISTANCE`` are not considered.
 4. ``families.default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
-   in the mean. (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 2 %, 1.13.)
+   in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
+   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 2 %, 1.13.)
 5. ``families.ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
@@ -88,40 +89,44 @@ class Dispatcher:
     def choose(self, problem: Problem) -> Iterator[Choice]:
         """Every candidate, best first, each plan once. Lazy: later candidates cost nothing unless asked for."""
         seen: set[Plan] = set()
-        for origin, plan in self._plans(problem):
-            if plan not in seen and not rejected(plan, problem):
+        for origin, plan, must_be_ready in self._plans(problem):
+            if plan in seen or rejected(plan, problem):
+                continue
+            spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.arch.name)
+            kernel = self.locate(spec)
+            if kernel or not must_be_ready:
                 seen.add(plan)
-                spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, self.arch.name)
-                yield Choice(plan, spec, origin, self.locate(spec))
+                yield Choice(plan, spec, origin, kernel)
         # Not compared with what was seen: it is another kernel of perhaps the same plan.
         plan = ptx_plan(problem, self.gpu)
         spec = KernelSpec(plan.config, problem.weight_format, problem.act_dtype, PTX_ARCH)
         if spec.arch != self.arch.name and not rejected(plan, problem) and (kernel := self.locate(spec)):
             yield Choice(plan, spec, "ptx", kernel)
 
-    def _plans(self, problem: Problem) -> Iterator[tuple[str, Plan]]:
+    def _plans(self, problem: Problem) -> Iterator[tuple[str, Plan, bool]]:
+        """Origin, plan, and whether it counts only where its kernel lies ready; in the order of the rule."""
         if self.forced:
-            yield "forced", self.forced
+            yield "forced", self.forced, False
         for mark, index in self._indices:
             for row in index.exact(shape_of(problem), problem.m):
-                yield f"{mark}exact", row.plan
+                yield f"{mark}exact", row.plan, False
         kind = problem.weight_format, problem.act_dtype
-        are_good = self._indices[0][1].default_loss.get(kind, math.inf) <= GOOD_DEFAULTS
-        if are_good:
-            yield from self._defaults(problem)
+        if self._indices[0][1].default_loss.get(kind, math.inf) <= GOOD_DEFAULTS:
+            for plan in self._defaults(problem):
+                yield "default", plan, True
         for mark, index in self._indices:
             for row in index.nearest(problem, self.gpu):
-                yield f"{mark}nearest", row.plan
-        if not are_good:
-            yield from self._defaults(problem)
+                yield f"{mark}nearest", row.plan, False
+        for plan in self._defaults(problem):
+            yield "default", plan, False
 
-    def _defaults(self, problem: Problem) -> Iterator[tuple[str, Plan]]:
+    def _defaults(self, problem: Problem) -> Iterator[Plan]:
         fmt = weight_format(problem.weight_format)
         defaults = [default_plan(problem, self.gpu)]
         defaults += [family.default(problem, self.gpu) for family in FAMILIES.rows.values()]
         for plan in defaults:
             if FAMILIES.of(plan.config).reject_reason(plan.config, fmt, self.arch) is None:
-                yield "default", plan
+                yield plan
 
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
         """The first table's intact cubin of ``spec``, else what ships as PTX."""

@@ -33,7 +33,7 @@ _DEFAULTS = tuple(
         (64, 64, 256, 2, 8, 1, 1, "tiles", 4),
         (64, 128, 256, 1, 4, 1, 1, "tiles"),
         (128, 64, 128, 1, 5, 1, 1, "tiles"),
-        (128, 64, 128, 1, 5, 1, 2, "clusterk"),
+        (128, 64, 128, 2, 6, 1, 2, "clusterk", 4),
         (128, 64, 128, 2, 12, 1, 1, "tiles", 4),
         (128, 128, 128, 1, 4, 1, 1, "tiles"),
         (128, 128, 128, 1, 4, 1, 1, "striped"),
@@ -124,20 +124,20 @@ class WgmmaFamily:
     def _work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
         """What the busiest SM does, in multiply-adds, as far as that orders the defaults.
 
-        Its constants are fitted to the H100's recording and to ten shapes tuned apart (5 % from the best in the mean
-        over m >= 32): a token tile costs as much as 20 tokens more (decoding); a lone warpgroup of 64 features is 1.6
-        times slower than two side by side, two that split k or lie in two blocks 1.45 times, with two rings 1.1 times;
-        stripes cost twice what they hold; to split a tile costs 1200 k of it, over a cluster 1450.
+        Its constants are fitted to the H100's recording and to ten shapes tuned apart (3 to 4 % from the best in the
+        mean over m >= 32): a token tile costs as much as 27 tokens more (decoding); a tile of 64 features is 1.5 times
+        slower than two side by side, with two rings 1.15 times; stripes cost 1.9 times what they hold; to split a tile
+        costs 1000 k of it, over a cluster 1100.
         """
         c = config
-        slower = 1.0 if c.block_n > 64 else 1.1 if c.a_stages else 1.6 if c.warps_k * c.blocks_per_sm == 1 else 1.45
-        tile = c.block_n * (c.block_m + 20) * problem.k * c.blocks_per_sm * slower
+        slower = 1.0 if c.block_n > 64 else 1.15 if c.a_stages else 1.5
+        tile = c.block_n * (c.block_m + 27) * problem.k * c.blocks_per_sm * slower
         sums = c.block_n * c.block_m
         waves = self.num_tiles(c, problem) / (num_sms * c.blocks_per_sm // c.cluster_size)
         if c.partition == "striped":
-            return waves * tile * 2 + 1200 * sums
+            return waves * tile * 1.9 + 1000 * sums
         if c.partition == "clusterk":
-            return math.ceil(waves) * (tile / c.cluster_size + 1450 * sums)
+            return math.ceil(waves) * (tile / c.cluster_size + 1100 * sums)
         return math.ceil(waves) * tile
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:

@@ -78,17 +78,29 @@ def test_nearest_shape():
     assert found[:2] == [("nearest", near), ("nearest", far)]
 
 
+UNSEEN = Problem(5120, 4096, 1)
+NEAREST_DEFAULT = next(Dispatcher(H100, []).choose(UNSEEN)).plan
+
+
 @pytest.mark.parametrize(("loss", "first"), [(GOOD_DEFAULTS - 0.01, "default"), (GOOD_DEFAULTS + 0.01, "nearest")])
-def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_good(loss, first):
+def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_good(loss, first, tmp_path):
     """In the mean over the rows of the problem's formats; rows without a default's time say nothing."""
     ways = {4096: 0.9, 8192: 1 / 0.9}
-    timed = [replace(row(n, 4096, 1, M1, default=M16), default_us=10.0 * loss * way) for n, way in ways.items()]
+    timed = [replace(row(n, 4096, 1, M1, default=NEAREST_DEFAULT), default_us=10.0 * loss * w) for n, w in ways.items()]
     other = Problem(4096, 4096, 1, "u4b8g64")
     silent = [row(6144, 4096, 1, M1), replace(row(4096, 4096, 1, M1), problem=other, default_us=30.0)]
-    table = bare([*timed, *silent])
-    origins = [origin for origin, _ in plans(Problem(5120, 4096, 1), table)]
+    found = tables.table(tmp_path, timed), bare(silent)
+    origins = [origin for origin, _ in plans(UNSEEN, *found)]
     assert origins[0] == first and {"default", "nearest"} <= set(origins)
-    assert plans(Problem(4096, 4096, 1), table)[0] == ("exact", M1)
+    assert plans(Problem(4096, 4096, 1), *found)[0] == ("exact", M1)
+
+
+def test_a_default_that_is_not_ready_does_not_come_before_a_neighbours_kernel(tmp_path):
+    """To compile on first use takes a second and more; the kernel of the nearest shape is there."""
+    table = tables.table(tmp_path, [replace(row(4096, 4096, 1, M1, default=M16), default_us=10.0)])
+    choices = list(Dispatcher(H100, [table]).choose(UNSEEN))
+    assert choices[0].origin == "nearest" and choices[0].kernel
+    assert NEAREST_DEFAULT in [choice.plan for choice in choices if choice.origin == "default" and not choice.kernel]
 
 
 def test_nearest_shape_prefers_a_plan_that_keeps_the_waves_full():
