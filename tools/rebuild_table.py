@@ -3,7 +3,7 @@
     python tools/rebuild_table.py tuned/h200-132sm-4814gbs              # all of them, and defaults that it lacks
     python tools/rebuild_table.py tuned/h100-132sm-3352gbs --defaults   # only defaults that it lacks
 
-All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
+Kernels that neither a row nor a look-up may name any more are dropped. All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
 again: the table's bench, and its tests on that GPU, must be run with the new kernels. Also reads tables of an earlier
 launch_version, which nothing else uses. Defaults, after a change of theirs: a look-up may name each. Extra: tune.
 """
@@ -45,9 +45,11 @@ def main() -> None:
     options = parser.parse_args()
     data = json.loads((options.table / FILE_NAME).read_bytes())
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
-    there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items()}
     kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
-    missing = [spec for spec in default_specs(gpu.arch, kinds) if spec.key not in there]
+    defaults = default_specs(gpu.arch, kinds)
+    named = {spec.key for spec in [*defaults, *(spec for row in rows for spec in row.specs(gpu))]}
+    there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
+    missing = [spec for spec in defaults if spec.key not in there]
     artifacts = compiled(missing if options.defaults else [*map(KernelSpec.from_key, there), *missing])
     kernels = there | {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
     table = DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"])

@@ -161,8 +161,8 @@ FAULTS = (
     ),
     Fault(
         "releases the stage it multiplies", TILES,
-        "if (last_stage >= 0) release_activations(last_stage);\n    last_stage = a_stage;",
-        "release_activations(last_stage = a_stage);",
+        "if (last_stage >= 0) release(barriers.a_empty(last_stage));\n    last_stage = a_stage;",
+        "release(barriers.a_empty(last_stage = a_stage));",
         ("B of a wgmma was overwritten", "more arrivals"),
     ),
     Fault(

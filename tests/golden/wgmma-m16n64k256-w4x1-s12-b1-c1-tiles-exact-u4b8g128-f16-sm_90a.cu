@@ -330,6 +330,9 @@ struct Consumer {
   __device__ __forceinline__ void multiply(int stage, int a_stage) {
     u64 const b = ptx::wgmma_descriptor(smem + a_stage * kAStageBytes);
     ptx::wgmma_fence();
+    // This stage's weights are in registers: their ordinary loads come before the copy engine's next writes there. Where the stage is
+    // given back, which may be later, the fence costs up to 3 %; here nothing.
+    ptx::fence_proxy_async_shared();
     // Not before wgmma_fence: an arrival right behind the loads may overtake them, and what refills the stage is quick if L2 has it.
     if (kOwnRing) release(barriers.empty(stage));
 #pragma unroll
@@ -340,15 +343,9 @@ struct Consumer {
     ptx::wgmma_commit_group();
   }
 
-  // Every thread arrives, since every thread has read weights with ordinary loads. The fence orders those before the copy engine's
-  // writes, and costs nothing here. For a ring of activations, which only wgmmas read, one arrival a warp would do: it is 1 to 3 % slower.
-  __device__ __forceinline__ void release(u32 empty) {
-    ptx::fence_proxy_async_shared();
-    ptx::mbarrier_arrive(empty);
-  }
-  __device__ __forceinline__ void release_activations(int stage) {
-    kOwnRing ? ptx::mbarrier_arrive(barriers.a_empty(stage)) : release(barriers.a_empty(stage));
-  }
+  // Every thread arrives, since every thread has read weights with ordinary loads. For activations, which only wgmmas read, one
+  // arrival a warp would do: it is 1 to 3 % slower.
+  __device__ __forceinline__ void release(u32 empty) { ptx::mbarrier_arrive(empty); }
 
   // fragments[kBuffer] = the weights of stage `at`, once they are there.
   template <int kBuffer>
@@ -364,7 +361,7 @@ struct Consumer {
     if (kOwnRing) ptx::mbarrier_wait(barriers.a_full(a_stage), a_at.phase);
     multiply<kBuffer>(at.stage, a_stage);
     ptx::wgmma_wait_group<1>();  // those before are done: the registers and the activations that they read are free
-    if (last_stage >= 0) release_activations(last_stage);
+    if (last_stage >= 0) release(barriers.a_empty(last_stage));
     last_stage = a_stage;
     at.advance<kSplits>();
     a_at.advance<kSplits>();
@@ -389,7 +386,7 @@ struct Consumer {
       if (++i == mine) break;
     }
     ptx::wgmma_wait_group<0>();
-    release_activations(last_stage);
+    release(barriers.a_empty(last_stage));
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
