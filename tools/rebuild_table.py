@@ -3,9 +3,10 @@
     python tools/rebuild_table.py tuned/h200-132sm-4814gbs              # all of them, and defaults that it lacks
     python tools/rebuild_table.py tuned/h100-132sm-3352gbs --defaults   # only defaults that it lacks
 
-Kernels that neither a row nor a look-up may name any more are dropped. All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
+All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
 again: the table's bench, and its tests on that GPU, must be run with the new kernels. Also reads tables of an earlier
-launch_version, which nothing else uses. Defaults, after a change of theirs: a look-up may name each. Extra: tune.
+launch_version, which nothing else uses. Defaults, after a change of theirs: a look-up may name each. Kernels that
+neither a row nor a look-up names any more are dropped. Extra: tune.
 """
 
 from __future__ import annotations
