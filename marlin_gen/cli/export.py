@@ -18,6 +18,7 @@ from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
 from marlin_gen.families import default_specs
 from marlin_gen.measurement import Artifact
+from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
 from marlin_gen.table import FILE_NAME, DispatchTable
@@ -40,6 +41,8 @@ class Point:
 def export(
     to: Annotated[Path, typer.Option("--out", help=f"An archive (*{SUFFIX}) to write, or a folder of tables.")],
     gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
+    formats: Annotated[str | None, typer.Option("--format", help=f"{arguments.FORMAT_HELP} Default: all.")] = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype", help=f"{arguments.DTYPE_HELP} Default: all.")] = None,
     regret: Annotated[str, typer.Option(help="How much slower than tuned a row may become.")] = "3%",
     defaults: Annotated[
         bool, typer.Option("--defaults/--no-defaults", help="Keep the default kernels, for shapes far from every row.")
@@ -52,7 +55,7 @@ def export(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """Write the smallest set of kernels that serves a whole table within a regret."""
+    """Write the smallest set of kernels that serves a table, or what it has for some formats, within a regret."""
     limit = arguments.percent("--regret", regret)
     found = choose_table(gpu)
     target = to if to.suffix == SUFFIX else to / found.gpu.slug
@@ -61,6 +64,7 @@ def export(
     whole = found.intact()
     if lost := len(found.rows) - len(whole.rows):
         note(f"{lost} of {len(found.rows)} rows are left out: their kernels are missing or damaged")
+    whole = _only(whole, formats, dtypes)
     recordings = [load_recording(path) for path in recording or _beside(found)]
     if not recordings:
         note("there are no recorded trials beside the table: each row has only its own kernel and its default")
@@ -89,6 +93,25 @@ def export(
     kept = f", {len(keep)} of them kept as defaults" if keep else ""
     note(f"{point.kernels} kernels{kept}, {point.bytes / 1e3:.0f} KB, instead of {len(whole.kernels)},"
          f" {sum(_sizes(whole).values()) / 1e3:.0f} KB; written to {target}")  # fmt: skip
+
+
+def _only(whole: DispatchTable, formats: str | None, dtypes: str | None) -> DispatchTable:
+    """The rows and kernels of these formats; a ValueError when there is no such row."""
+    wanted_formats = arguments.names("--format", formats) if formats else None
+    wanted_dtypes = arguments.names("--dtype", dtypes) if dtypes else None
+
+    def wanted(what: Problem | KernelSpec) -> bool:
+        return (not wanted_formats or what.weight_format in wanted_formats) and (
+            not wanted_dtypes or what.act_dtype in wanted_dtypes
+        )
+
+    rows = tuple(row for row in whole.rows if wanted(row.problem))
+    if not rows:
+        there = ", ".join(sorted({str(arguments.Kind.of(row.problem)) for row in whole.rows})) or "nothing"
+        asked = " and ".join(word for word in (formats, dtypes) if word)
+        raise ValueError(f"the table of {whole.gpu.name} has no row of {asked}; it has {there}")
+    kernels = {key: kernel for key, kernel in whole.kernels.items() if wanted(KernelSpec.from_key(key))}
+    return replace(whole, rows=rows, kernels=kernels)
 
 
 def _beside(found: DispatchTable) -> list[Path]:

@@ -72,6 +72,16 @@ def test_export_of_the_shipped_table_serves_it_all_from_fewer_kernels(shipped, h
     assert less["kernels"] < told["kernels"] and less["defaults_kept"] == 0
 
 
+def test_export_of_some_formats_has_their_rows_and_kernels_only(shipped, home, capsys):
+    only = "--format", "u4b8g128", "--dtype", "f16"
+    told = said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(home / "o"), *only)
+    made = DispatchTable.load(home / "o" / shipped.gpu.slug)
+    asked = [row for row in shipped.rows if (row.problem.weight_format, row.problem.act_dtype) == ("u4b8g128", "f16")]
+    assert [row.problem for row in made.rows] == [row.problem for row in asked] and 0 < len(asked) < len(shipped.rows)
+    assert all(key.endswith("-u4b8g128-f16-sm_90a") for key in made.kernels) and told["kernels"] == len(made.kernels)
+    assert told["worst_regret"] <= 0.03 and told["defaults_kept"] > 0
+
+
 def test_export_prints_the_curve(shipped, home, capsys):
     assert main(["export", "--gpu", shipped.gpu.slug, "--out", str(home / "t.zip"), "--regret", "7.5%"]) == 0
     shown = capsys.readouterr()
@@ -223,6 +233,7 @@ def test_verify_reports_drift_and_damage(home, capsys):
     ("words", "message"),
     [
         (["export", "--gpu", "h100", "--out", "x", "--regret", "much"], "--regret 'much' is not a percentage"),
+        (["export", "--gpu", "h100", "--out", "x", "--format", "u4fg32"], "has no row of u4fg32; it has u4b8g128 "),
         (["import", "nowhere.zip"], "no such file: nowhere.zip"),
         (["verify", "--device", "replay:h100", "--rows", "0"], "--rows 0"),
         (["diff", "nowhere", "nowhere"], "no such file: nowhere"),

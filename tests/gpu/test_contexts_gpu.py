@@ -85,10 +85,14 @@ def test_compiled_with_cuda_graphs():
 
 
 AHEAD_OF_TIME = """
-import faulthandler, sys, torch, marlin_gen
+import faulthandler, sys, torch
 faulthandler.enable()
 torch.manual_seed(0)
-layer = marlin_gen.QuantLinear.from_float(torch.nn.Linear(4096, 4096).cuda())
+layer = torch.nn.Linear(4096, 4096).cuda()
+if sys.argv[2] == "ours":
+    import marlin_gen
+    layer = marlin_gen.QuantLinear.from_float(layer)
+layer = layer.half()
 example, a = (torch.randn(m, 4096, device="cuda").half() for m in (4, 77))
 program = torch.export.export(layer, (example,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=4096)},))
 assert torch.equal(program.module()(a), layer(a)), "exported"
@@ -102,12 +106,18 @@ print("ran", flush=True)
 """
 
 
+def ahead_of_time(layer: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: with torch 2.11 on a GPU, ours ended in a segmentation fault behind "packaged"."""
+    command = [sys.executable, "-c", AHEAD_OF_TIME, str(folder / f"{layer}.pt2"), layer]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_exported_and_compiled_ahead_of_time(tmp_path: Path):
-    """In a process of its own: with torch 2.11 on a GPU it ends in a segmentation fault behind "exported"."""
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(tmp_path / "layer.pt2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     steps = ["exported", "packaged", "loaded", "ran"]
+    done = ahead_of_time("ours", tmp_path)
+    if done.returncode < 0 and ahead_of_time("torch's", tmp_path).returncode < 0:
+        pytest.skip(f"AOTInductor of torch {torch.__version__} crashes here with torch's own nn.Linear too")
     assert done.stdout.split() == steps, f"exit status {done.returncode}: {done.stderr[-2000:]}"
 
 
