@@ -18,7 +18,7 @@ The rule, in order; a plan whose family rejects the problem is skipped:
 4. ``families.default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
-   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 2 %, 1.13.)
+   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.4 %, 1.13.)
 5. ``families.ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
