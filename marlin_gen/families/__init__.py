@@ -18,13 +18,14 @@ FAMILIES = Registry({"mma": MMA, "wgmma": WGMMA})
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     """What runs without a table: mma for few tokens and where the GPU has no wgmma, wgmma elsewhere.
 
-    Few are 16; 32 where tiles of 64 features leave half of the SMs idle and k is too short to split over a cluster
-    (n = k = 4096 on an H100: 6.6 us against 8.0); 64 where they leave 7 of 8 idle (1024x8192: 7.7 against 16.9).
+    Few are 16; 32 where tiles of 64 features, each by a cluster of two, leave a third of the SMs idle and k is short
+    (4096x4096 on an H100, where they do not: 7.0 us against 6.7); 64 where they leave 3 of 4 idle (1024x8192: 7.7
+    against 8.4).
     """
     wgmma = WGMMA.default(problem, gpu)
     usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
     tiles = problem.n // 64
-    few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 2 <= gpu.num_sms and problem.k <= 4096 else 16
+    few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 3 <= gpu.num_sms and problem.k <= 4096 else 16
     return wgmma if usable and problem.m > few else MMA.default(problem, gpu)
 
 
