@@ -11,6 +11,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write tests/golden/*.cu anew instead of comparing")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: a worker for each core, but one process where there is a GPU, which tests would share and time."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

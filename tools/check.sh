@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 ruff check .
 mypy
 python tools/size.py
-pytest -q "${@:-tests}"
+pytest -q -n auto --dist loadfile "${@:-tests}"
