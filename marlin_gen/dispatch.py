@@ -111,7 +111,7 @@ class Dispatcher:
             for row in index.exact(shape_of(problem), problem.m):
                 yield f"{mark}exact", row.plan, False
         kind = problem.weight_format, problem.act_dtype
-        if self._indices[0][1].default_loss.get(kind, math.inf) <= GOOD_DEFAULTS:
+        if self._indices[0][1].default_loss.get(kind, math.inf) <= math.log(GOOD_DEFAULTS):
             for plan in self._defaults(problem):
                 yield "default", plan, True
         for mark, index in self._indices:

@@ -31,7 +31,7 @@ class TableIndex:
     """The rows of several tables by shape, for one bisection per look-up."""
 
     shapes: dict[Shape, tuple[list[int], list[TableRow]]]
-    default_loss: dict[tuple[str, str], float]  # by formats: what defaults took over what winners took, in the mean
+    default_loss: dict[tuple[str, str], float]  # by formats: the mean of log(what defaults took / what winners took)
 
     @classmethod
     def of(cls, tables: Sequence[DispatchTable]) -> TableIndex:
@@ -48,8 +48,8 @@ class TableIndex:
         for problem, row in by_problem.items():
             if row.default_us:
                 kind = problem.weight_format, problem.act_dtype
-                losses.setdefault(kind, []).append(math.log(row.default_us / row.us))
-        return cls(shapes, {kind: math.exp(sum(logs) / len(logs)) for kind, logs in losses.items()})
+                losses.setdefault(kind, []).append(math.log(row.default_us) - math.log(row.us))
+        return cls(shapes, {kind: sum(logs) / len(logs) for kind, logs in losses.items()})
 
     def exact(self, shape: Shape, m: int) -> Iterator[TableRow]:
         """The shape's rows in the order of step 2."""

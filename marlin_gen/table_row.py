@@ -108,6 +108,9 @@ class TableRow:
     def __post_init__(self) -> None:
         if not 0 < self.us_low <= self.us <= self.us_high:
             raise FieldError(f"us={self.us} does not lie between us_low={self.us_low} and us_high={self.us_high}")
+        for name in ("default_us", "cublas_us", "read_floor_us"):
+            if (us := getattr(self, name)) is not None and not us > 0:
+                raise FieldError(f"{name}={us} is not a time")
         if not 0 <= self.relative_error <= self.problem.error_limit:
             raise FieldError(f"relative_error={self.relative_error} is above {self.problem.error_limit}")
         for plan in (self.plan, self.default_plan):

@@ -95,6 +95,16 @@ def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_goo
     assert plans(Problem(4096, 4096, 1), *found)[0] == ("exact", M1)
 
 
+def test_times_of_any_size_can_be_compared():
+    """A table is anybody's: the ratio of two times that it states need not be a float."""
+
+    def first_origin(us: float, default_us: float) -> str:
+        timed = replace(row(4096, 4096, 1, M1, default=M16), us=us, us_low=us, us_high=us, default_us=default_us)
+        return plans(UNSEEN, bare([timed]))[0][0]
+
+    assert first_origin(1e-300, 1e300) == first_origin(1e300, 1e-300) == "nearest"
+
+
 def test_a_default_that_is_not_ready_does_not_come_before_a_neighbours_kernel(tmp_path):
     """To compile on first use takes a second and more; the kernel of the nearest shape is there."""
     table = tables.table(tmp_path, [replace(row(4096, 4096, 1, M1, default=M16), default_us=10.0)])
