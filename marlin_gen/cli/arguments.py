@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ DEFAULT_TOKENS = "1,2,4,...,4096"
 MAX_TOKENS = 1 << 17
 FORMAT_HELP = f"Weight formats, of {', '.join(FORMATS)}."
 DTYPE_HELP = f"Activation types, of {', '.join(DTYPES)}."
+ONLY_FORMATS_HELP = "Only these weight formats."
+ONLY_DTYPES_HELP = "Only these activation types."
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -26,8 +29,8 @@ class Kind(NamedTuple):
     act_dtype: str = DEFAULT_DTYPE
 
     @classmethod
-    def of(cls, problem: Problem) -> Kind:
-        return cls(problem.weight_format, problem.act_dtype)
+    def of(cls, one: Problem | KernelSpec) -> Kind:
+        return cls(one.weight_format, one.act_dtype)
 
     def __str__(self) -> str:
         return " ".join(self)
@@ -96,6 +99,15 @@ def names(option: str, text: str) -> tuple[str, ...]:
         rows = FORMATS if option == "--format" else DTYPES
         raise ValueError(f"{option} {text!r} names nothing; known: {', '.join(rows)}")
     return tuple(found)
+
+
+def only_kinds(format_words: str | None, dtype_words: str | None) -> Callable[[Kind], bool]:
+    """What ``--format`` and ``--dtype`` leave; without them everything."""
+    wanted = (
+        names("--format", format_words) if format_words else None,
+        names("--dtype", dtype_words) if dtype_words else None,
+    )
+    return lambda kind: all(only is None or name in only for only, name in zip(wanted, kind, strict=True))
 
 
 def ranks(text: str) -> tuple[int, ...]:

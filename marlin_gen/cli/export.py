@@ -13,12 +13,12 @@ import typer
 
 from marlin_gen import subset
 from marlin_gen.cli import arguments, study
+from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
 from marlin_gen.families import default_specs
 from marlin_gen.measurement import Artifact
-from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
 from marlin_gen.table import FILE_NAME, DispatchTable
@@ -41,8 +41,8 @@ class Point:
 def export(
     to: Annotated[Path, typer.Option("--out", help=f"An archive (*{SUFFIX}) to write, or a folder of tables.")],
     gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
-    formats: Annotated[str | None, typer.Option("--format", help=f"{arguments.FORMAT_HELP} Default: all.")] = None,
-    dtypes: Annotated[str | None, typer.Option("--dtype", help=f"{arguments.DTYPE_HELP} Default: all.")] = None,
+    formats: Annotated[str | None, typer.Option("--format", help=arguments.ONLY_FORMATS_HELP)] = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype", help=arguments.ONLY_DTYPES_HELP)] = None,
     regret: Annotated[str, typer.Option(help="How much slower than tuned a row may become.")] = "3%",
     defaults: Annotated[
         bool, typer.Option("--defaults/--no-defaults", help="Keep the default kernels, for shapes far from every row.")
@@ -97,20 +97,13 @@ def export(
 
 def _only(whole: DispatchTable, formats: str | None, dtypes: str | None) -> DispatchTable:
     """The rows and kernels of these formats; a ValueError when there is no such row."""
-    wanted_formats = arguments.names("--format", formats) if formats else None
-    wanted_dtypes = arguments.names("--dtype", dtypes) if dtypes else None
-
-    def wanted(what: Problem | KernelSpec) -> bool:
-        return (not wanted_formats or what.weight_format in wanted_formats) and (
-            not wanted_dtypes or what.act_dtype in wanted_dtypes
-        )
-
-    rows = tuple(row for row in whole.rows if wanted(row.problem))
-    if not rows:
-        there = ", ".join(sorted({str(arguments.Kind.of(row.problem)) for row in whole.rows})) or "nothing"
-        asked = " and ".join(word for word in (formats, dtypes) if word)
-        raise ValueError(f"the table of {whole.gpu.name} has no row of {asked}; it has {there}")
-    kernels = {key: kernel for key, kernel in whole.kernels.items() if wanted(KernelSpec.from_key(key))}
+    is_wanted = arguments.only_kinds(formats, dtypes)
+    rows = tuple(row for row in whole.rows if is_wanted(Kind.of(row.problem)))
+    if whole.rows and not rows:
+        there = ", ".join(sorted({str(Kind.of(row.problem)) for row in whole.rows}))
+        asked = " ".join(word for word in (formats, dtypes) if word)
+        raise ValueError(f"the table of {whole.gpu.slug} has no row for {asked}; it has {there}")
+    kernels = {key: kernel for key, kernel in whole.kernels.items() if is_wanted(Kind.of(KernelSpec.from_key(key)))}
     return replace(whole, rows=rows, kernels=kernels)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from marlin_gen import bench
 from marlin_gen.cli import gpus, speedups
-from marlin_gen.cli.arguments import Kind, names
+from marlin_gen.cli.arguments import ONLY_DTYPES_HELP, ONLY_FORMATS_HELP, Kind, only_kinds
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.dispatch import find_tables
@@ -23,8 +23,8 @@ from marlin_gen.table_row import TableRow
 def show(
     gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Only these, as 4096x4096,...")] = None,
-    formats: Annotated[str | None, typer.Option("--format", help="Only these weight formats.")] = None,
-    dtypes: Annotated[str | None, typer.Option("--dtype", help="Only these activation types.")] = None,
+    formats: Annotated[str | None, typer.Option("--format", help=ONLY_FORMATS_HELP)] = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype", help=ONLY_DTYPES_HELP)] = None,
     plans: Annotated[bool, typer.Option("--plans", help="Show which kernel each cell runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -32,11 +32,8 @@ def show(
     found = choose_table(gpu)
     loosest = min(FORMATS, key=lambda name: FORMATS[name].group_size)  # a table may hold what its smaller groups allow
     sizes = {parse_shape(word, loosest) for word in shapes.split(",") if word.strip()} if shapes else None
-    wanted = (names("--format", formats) if formats else None, names("--dtype", dtypes) if dtypes else None)
-    of_kind = [
-        row for row in found.rows
-        if all(only is None or name in only for only, name in zip(wanted, Kind.of(row.problem), strict=True))
-    ]  # fmt: skip
+    is_wanted = only_kinds(formats, dtypes)
+    of_kind = [row for row in found.rows if is_wanted(Kind.of(row.problem))]
     rows = [row for row in of_kind if sizes is None or (row.problem.n, row.problem.k) in sizes]
     if not rows:
         known = ", ".join(f"{n}x{k}" for n, k in sorted({(r.problem.n, r.problem.k) for r in of_kind}))

@@ -233,7 +233,7 @@ def test_verify_reports_drift_and_damage(home, capsys):
     ("words", "message"),
     [
         (["export", "--gpu", "h100", "--out", "x", "--regret", "much"], "--regret 'much' is not a percentage"),
-        (["export", "--gpu", "h100", "--out", "x", "--format", "u4fg32"], "has no row of u4fg32; it has u4b8g128 "),
+        (["export", "--gpu", "h100", "--out", "x", "--format", "u4fg32"], "has no row for u4fg32; it has u4b8g128 "),
         (["import", "nowhere.zip"], "no such file: nowhere.zip"),
         (["verify", "--device", "replay:h100", "--rows", "0"], "--rows 0"),
         (["diff", "nowhere", "nowhere"], "no such file: nowhere"),
