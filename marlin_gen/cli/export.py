@@ -113,7 +113,7 @@ def _beside(found: DispatchTable) -> list[Path]:
 
 def _default_kernels(whole: DispatchTable) -> set[str]:
     """What an untuned shape may be served with, as far as the table has it."""
-    kinds = {(row.problem.weight_format, row.problem.act_dtype) for row in whole.rows}
+    kinds = {Kind.of(row.problem) for row in whole.rows}
     return {spec.key for spec in default_specs(whole.gpu.arch, kinds)} & whole.kernels.keys()
 
 

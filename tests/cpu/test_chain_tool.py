@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from load_tool import load_tool
 
 from marlin_gen import csv_rows
 from marlin_gen.layout import pack, unpack
@@ -17,7 +17,6 @@ from marlin_gen.reference import dequantize
 from marlin_gen.serve import dequantized_matmul
 from marlin_gen.timing import Spread
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 # As llama's, small: hidden 128, q 128 of qkv 256, intermediate 384.
 SHAPES = {"qkv_proj": (256, 128), "o_proj": (128, 128), "gate_up_proj": (768, 128), "down_proj": (128, 384)}
@@ -26,13 +25,7 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def chain():
-    import sys
-
-    spec = importlib.util.spec_from_file_location("chain", ROOT / "tools" / "chain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chain"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
+    yield load_tool("chain")
     del sys.modules["chain"]
 
 

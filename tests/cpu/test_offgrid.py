@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import synthetic
+from load_tool import load_tool
 from tables import A100, H200
 
 from marlin_gen import compile as compiling
@@ -31,13 +30,6 @@ from marlin_gen.table import DispatchTable
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "tuned" / "h100-132sm-3352gbs"
 UNSEEN = (4096, 14336)
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 offgrid = load_tool("offgrid")

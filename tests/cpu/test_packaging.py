@@ -17,6 +17,7 @@ from pathlib import Path
 import fake_gpu
 import pytest
 from fake_gpu import needs_compiler
+from load_tool import load_tool
 
 import marlin_gen
 
@@ -129,13 +130,6 @@ def test_ci_runs_the_test_command_of_the_readme(tmp_path):
 def test_the_main_command_installs_what_tune_needs():
     (command,) = re.findall(r"<!-- command:main -->\n```sh\n(.*)\n```", (ROOT / "README.md").read_text())
     assert "'.[tune,nvcc]'" in command and command.endswith("marlin-gen tune --model tiny")
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_results_section_is_that_of_the_committed_benches():

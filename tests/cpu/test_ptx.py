@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import lzma
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from load_tool import load_tool
 
 from marlin_gen import driver, toolchain
 from marlin_gen.arch import ARCHS, PTX_ARCH, Gpu, arch_for
@@ -25,19 +25,11 @@ from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import PtxKernel, PtxWarning, ShippedPtx, file_text, pack, parse, shipped_ptx, unpack
 from marlin_gen.table_file import seal
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_TOTAL_BYTES = 1 << 20  # of all files: what a wheel may carry of them
 NAMES = shipped_ptx().names()
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("make_ptx", ROOT / "tools" / "make_ptx.py")
-    module = sys.modules["make_ptx"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_ptx = load_tool()
+make_ptx = load_tool("make_ptx")
 
 
 def content(name: str) -> bytes:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from load_tool import load_tool
 
 pytest.importorskip("transformers")
-PATH = Path(__file__).resolve().parents[2] / "tools" / "real_model.py"
-SPEC = importlib.util.spec_from_file_location("real_model", PATH)
-real_model = sys.modules["real_model"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(real_model)
+real_model = load_tool("real_model")
 
 THEIRS = torch.tensor([5, 6, 7, 8])
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import tables
+from load_tool import load_tool
 from tables import A100, mma, row
 
 from marlin_gen.families import default_specs
 from marlin_gen.table import DispatchTable
 
-ROOT = Path(__file__).resolve().parents[2]
 KIND = ("u4b8g128", "f16")
 ROWS = [row(4096, 4096, 1, mma(32), default=mma(48)), row(4096, 4096, 16, mma(32, 16))]
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("rebuild_table", ROOT / "tools" / "rebuild_table.py")
-    module = sys.modules["rebuild_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rebuild_table = load_tool()
+rebuild_table = load_tool("rebuild_table")
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from load_tool import load_tool
 
 from marlin_gen import driver
 from marlin_gen.arch import ARCHS
@@ -17,16 +16,6 @@ from marlin_gen.config import KernelConfig, KernelSpec
 from marlin_gen.dispatch import find_tables
 from marlin_gen.families import FAMILIES
 from marlin_gen.formats import FORMATS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 sanitize, sanitize_case = load_tool("sanitize"), load_tool("sanitize_case")
 

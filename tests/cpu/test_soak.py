@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-PATH = Path(__file__).resolve().parents[2] / "tools" / "soak.py"
+from load_tool import load_tool
 
 
 @pytest.fixture(scope="module")
 def soak():
-    spec = importlib.util.spec_from_file_location("soak", PATH)
-    module = sys.modules["soak"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("soak")
 
 
 def test_a_clean_run(soak, tmp_path, capsys):

@@ -34,6 +34,5 @@ inline void st_release_gpu(int* address, int v) {
   may_pause();
   *address = v;
 }
-inline void fence_gpu() {}
 
 }  // namespace marlin_gen::ptx
