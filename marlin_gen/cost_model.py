@@ -68,8 +68,8 @@ class Costs:
     mma_cluster: float = 1960.0  # clocks: two cluster barriers with their fences, and the longer launch
     wgmma_cluster: float = 1680.0  # clocks: the longer launch; its barriers need no fences
     cluster_each: float = 0.226  # clocks per sum in distributed shared memory
-    fixup: float = 3960.0  # clocks: the tiles that a block shares with its neighbours, and waiting for them
-    fixup_each: float = 0.438  # clocks per sum through global memory
+    fixup: float = 2500.0  # clocks: the tiles that a block shares with its neighbours, and waiting for them
+    fixup_each: float = 0.35  # clocks per sum through global memory
 
 
 COSTS = Costs()

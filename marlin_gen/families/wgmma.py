@@ -196,24 +196,32 @@ class WgmmaFamily:
 
     def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
         c = plan.config
-        work = self.num_tiles(c, problem)
-        if c.partition == "striped":
-            work *= problem.k // c.block_k
-        grid = min(work, max_clusters) * c.cluster_size
-        striped = c.partition == "striped"
+        tiles, k_blocks, striped = self.num_tiles(c, problem), problem.k // c.block_k, c.partition == "striped"
+        grid = min(tiles * k_blocks if striped else tiles, max_clusters) * c.cluster_size
+        stripes = _stripes(tiles, k_blocks, grid) if striped else (0, 0)
         return LaunchShape(
             grid=grid,
             threads=self.threads(c),
             smem_bytes=self.smem_bytes(c, weight_format(problem.weight_format)),
             cluster=c.cluster_size,
             operands=OPERANDS,
-            scalars=(problem.m, problem.n, problem.k, plan.raster),
+            scalars=(problem.m, problem.n, problem.k, plan.raster, *stripes),
             a_box=(c.block_m, SLAB_K),
             a_tail_rows=(problem.m - 1) % c.block_m + 1,
             c_box=(c.block_m // c.cluster_size, 64),
             partials_bytes=grid * c.block_m * c.block_n * 4 if striped else 0,
-            num_locks=grid * (c.block_n // 64) if striped else 0,
+            num_locks=grid if striped else 0,
         )
 
+
+
+def _stripes(tiles: int, k_blocks: int, blocks: int) -> tuple[int, int]:
+    """How many tiles are shared out in stripes, one a block, and how many k blocks a stripe has.
+
+    They are those that fill no wave of whole tiles, and one wave more: then a block that must wait for sums of others
+    does so when theirs are long there.
+    """
+    striped = tiles - max(tiles // blocks - 1, 0) * blocks
+    return striped, -(-striped * k_blocks // blocks)
 
 WGMMA = WgmmaFamily()

@@ -68,6 +68,8 @@ CASES = (
         STRIPED,
         (((20, 128, 512), 5, 5, 1), ((20, 128, 512), 11, 1, 1), ((20, 128, 512), 11, 2, 2), ((20, 128, 512), 4, 1, 1)),
     ),
+    # Stripes of what fills no wave, then whole tiles: twelve tiles on five blocks, on two, on one.
+    Case(STRIPED, (((50, 192, 384), 5, 2, 2), ((50, 192, 256), 2, 1, 1), ((20, 128, 256), 1, 1, 1))),
     # Two warpgroups along each axis; stripes that end inside a tile, one block at a time.
     Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact", (((16, 192, 512), 3, 1, 1), ((17, 192, 256), 5, 3, 1))),
 )
@@ -142,6 +144,7 @@ class Fault:
     right: str
     wrong: str
     seen: tuple[str, ...]  # one of these is in the emulator's message; WRONG: the result is wrong
+    resident: int = 2  # clusters at once
 
     def put_into(self, text: str) -> str:
         """``text`` with a choice between right and wrong, by emulator::request.fault."""
@@ -236,9 +239,18 @@ FAULTS = (
         ("a block that has left",),
     ),
     Fault(
-        "stripes wait for later blocks", STRIPED, "next_ = per_block_ * (blocks - 1 - static_cast<int>(blockIdx.x));",
-        "next_ = per_block_ * blockIdx.x;",
-        ("deadlock",),
+        "stripes wait for later blocks", STRIPED,
+        "return static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);",
+        "return static_cast<int>(blockIdx.x);",
+        ("deadlock",), resident=1,
+    ),
+    Fault(
+        "reads other stripes' sums too soon", STRIPED, "ptx::bar_sync(kPartialsReady, kPassThreads);", "",
+        (WRONG,), resident=11,
+    ),
+    Fault(
+        "says that sums are stored too soon", STRIPED, "ptx::bar_sync(kPartialsStored, kPassThreads);", "",
+        (WRONG,), resident=11,
     ),
     Fault(
         "loads what the kernel before it writes", TILES,
@@ -271,7 +283,7 @@ def test_emulator_sees_a_broken_kernel(fault: Fault, compiled: Compiled) -> None
     def seen(seed: int) -> str | None:
         try:
             c = kernel(
-                a, packed, max_clusters, seed=seed, copies=COPIES[seed % 3], resident=min(max_clusters, 2),
+                a, packed, max_clusters, seed=seed, copies=COPIES[seed % 3], resident=min(max_clusters, fault.resident),
                 fault=FAULTS.index(fault) + 1,
             )  # fmt: skip
         except RuntimeError as error:

@@ -111,7 +111,8 @@ def test_cliffs_time_every_off_grid_m_beside_the_next_larger(device, tmp_path, c
     summary = r"ratio: 78 of 78 cells, geomean (\S+), worst (\S+) at (\d+)x(\d+) m=(\d+), (\d+) above 1\.10"
     mean, largest, *cell, above = map(float, re.fullmatch(summary, said[0]).groups())
     assert (mean, largest) == pytest.approx((geomean(r.ratio for r in rows), worst.ratio), abs=2e-3)
-    assert cell == [worst.n, worst.k, worst.m] and above == sum(r.ratio > 1.10 for r in rows)
+    assert cell in [[r.n, r.k, r.m] for r in rows if r.ratio == worst.ratio]
+    assert above == sum(r.ratio > 1.10 for r in rows)
     assert said[1].endswith("with compiling 0 kernels")
 
 

@@ -13,6 +13,7 @@ import pytest
 import tables
 from tables import H100, H200, mma, row, wgmma
 
+from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse, publish
@@ -91,7 +92,7 @@ def test_a_file_that_is_no_table_is_a_miss(written, text):
 HEADS = {
     "schema": (lambda d: d.update(schema=99), "schema=99 is not 3; it was written by another version"),
     "earlier schema": (lambda d: d.update(schema=2), "schema=2 is not 3"),
-    "launch": (lambda d: d.update(launch_version=1), "launch_version=1 is not 3"),
+    "launch": (lambda d: d.update(launch_version=1), f"launch_version=1 is not {LAUNCH_VERSION}"),
     "layout": (lambda d: d.update(layout_version=2), "layout_version=2 is not 1"),
     "gpu field": (lambda d: d["gpu"].pop("num_sms"), "num_sms is missing"),
     "gpu of no SMs": (lambda d: d["gpu"].update(num_sms=0), "num_sms=0 is not positive"),

@@ -129,7 +129,9 @@ struct Barriers {
 __device__ __forceinline__ int warpgroup_barrier(int consumer) { return 1 + consumer; }
 __device__ __forceinline__ int split_sums_full(int row_tile) { return 1 + kConsumers + row_tile; }
 __device__ __forceinline__ int split_sums_empty(int row_tile) { return 1 + kConsumers + kRowTiles + row_tile; }
-static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 16);
+constexpr int kPartialsReady = 14, kPartialsStored = 15;  // of a stripe; one warp of the producer's group and those that hold a tile's sums
+constexpr int kPassThreads = 32 + kRowTiles * kWarpgroup;
+static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 14);
 
 template <int kDepth>
 struct RingPosition {
@@ -143,51 +145,61 @@ struct RingPosition {
   }
 };
 
+
 // A range of one output tile's k blocks.
 struct Piece {
   int tile, first, count;
+  __device__ bool is_first() const { return first == 0; }
+  __device__ bool is_last(int k_blocks) const { return first + count == k_blocks; }
 };
 
 // The pieces of this block, in order. Both roles walk the same list.
 class Walk {
  public:
-  __device__ Walk(int num_tiles, int k_blocks) : num_tiles_(num_tiles), k_blocks_(k_blocks) {
+  // kStriped: the first `striped` tiles are shared out in stripes of `stripe_blocks` k blocks, the others whole.
+  __device__ Walk(int num_tiles, int k_blocks, int striped, int stripe_blocks)
+      : num_tiles_(num_tiles), k_blocks_(k_blocks), stripe_blocks_(stripe_blocks), tile_(blockIdx.x / kRanks) {
     if constexpr (Config::kPartition == Partition::kStriped) {
-      // The block that holds a tile's last k comes to it first and passes its sums on to the one before. That one has the higher
-      // block index, so a block waits only for blocks that were scheduled before it.
-      int const total = num_tiles * k_blocks, blocks = gridDim.x;  // the host keeps the total below 2^30
-      per_block_ = ceil_div(total, blocks);
-      next_ = per_block_ * (blocks - 1 - static_cast<int>(blockIdx.x));
-      end_ = min(next_ + per_block_, total);
-    } else {
-      next_ = blockIdx.x / kRanks;
+      next_ = stripe() * stripe_blocks;
+      end_ = min(next_ + stripe_blocks, striped * k_blocks);
+      tile_ += striped;
     }
   }
   __device__ bool next(Piece& piece) {
     if constexpr (Config::kPartition == Partition::kStriped) {
-      if (next_ >= end_) return false;
+      // One way for stripes and whole tiles: with two, ptxas no longer sees that all threads walk alike, and has matrix descriptors in
+      // vector registers (10 % slower).
+      bool const whole = next_ >= end_;
+      next_ = whole ? tile_ * k_blocks_ : next_;
+      end_ = whole ? next_ + k_blocks_ : end_;
+      tile_ += whole ? gridDim.x : 0;
+      if (next_ >= num_tiles_ * k_blocks_) return false;  // the host keeps it below 2^30
       piece.tile = next_ / k_blocks_;
       piece.first = next_ % k_blocks_;
       piece.count = min(k_blocks_ - piece.first, end_ - next_);
       next_ += piece.count;
     } else {
-      if (next_ >= num_tiles_) return false;
+      if (tile_ >= num_tiles_) return false;
       int const rank = kRanks > 1 ? static_cast<int>(blockIdx.x) % kRanks : 0;
-      piece.tile = next_;
+      piece.tile = tile_;
       piece.first = k_blocks_ * rank / kRanks;
       piece.count = k_blocks_ * (rank + 1) / kRanks - piece.first;
-      next_ += gridDim.x / kRanks;
+      tile_ += gridDim.x / kRanks;
     }
     return true;
   }
-  // Whether `next` has nothing more.
-  __device__ bool is_done() const { return next_ >= (Config::kPartition == Partition::kStriped ? end_ : num_tiles_); }
-  // Which stripe starts `tile`: at most one split tile starts in a stripe, so this numbers the scratch slots.
-  __device__ int first_stripe(int tile) const { return tile * k_blocks_ / per_block_; }
+  // Whether `next` has nothing more; not for stripes.
+  __device__ bool is_done() const { return tile_ >= num_tiles_; }
+  // This block's. A tile's sums are added up where its first k is, by the block with the highest index of those that share it: it waits
+  // only for blocks that were scheduled before it.
+  __device__ int stripe() const { return static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x); }
+  // How many stripes behind this one hold the rest of a tile that `piece` begins.
+  __device__ int sharers(Piece piece) const { return ceil_div(k_blocks_ - piece.count, stripe_blocks_); }
 
  private:
-  int num_tiles_, k_blocks_;
-  int next_, end_ = 0, per_block_ = 1;  // in k blocks of a stripe; else next_ is a tile
+  int num_tiles_, k_blocks_, stripe_blocks_;
+  int next_ = 0, end_ = 0;  // in k blocks: this block's stripe
+  int tile_;                // the next whole one
 };
 
 struct TileOrder {
@@ -202,6 +214,26 @@ struct TileOrder {
   }
 };
 
+// Passes sums of split tiles from block to block, by a warp that has nothing else to do: a release takes 1 us and more, until all that
+// the block has stored is seen by the whole GPU, and an acquire half of one. A stripe's lock is 1 while its sums wait to be read.
+// A block has at most one piece whose sums others read, and one for which it reads others'.
+__device__ __forceinline__ void pass_sums(Walk walk, int k_blocks, int lane, int* locks) {
+  for (Piece piece; walk.next(piece);) {
+    if (!piece.is_first()) {
+      ptx::bar_sync(kPartialsStored, kPassThreads);
+      if (lane == 0) ptx::st_release_gpu(locks + walk.stripe(), 1);
+    } else if (!piece.is_last(k_blocks)) {
+      for (int i = lane; i < walk.sharers(piece); i += 32) {
+        int* const lock = locks + walk.stripe() + 1 + i;
+        while (ptx::ld_acquire_gpu(lock) == 0) {
+        }
+        ptx::st_relaxed_gpu(lock, 0);  // for the next launch
+      }
+      __syncwarp();
+      ptx::bar_arrive(kPartialsReady, kPassThreads);
+    }
+  }
+}
 
 // The packed weights and scales of one k block of a feature tile.
 struct Weights {
@@ -330,17 +362,21 @@ struct Consumer {
   __device__ __forceinline__ void multiply(int stage, int a_stage) {
     u64 const b = ptx::wgmma_descriptor(smem + a_stage * kAStageBytes);
     ptx::wgmma_fence();
-    // This stage's weights are in registers: their ordinary loads come before the copy engine's next writes there. It costs 1 %, but
-    // for kernels with one ring no other place is cheaper.
-    ptx::fence_proxy_async_shared();
-    // Not before wgmma_fence: an arrival right behind the loads may overtake them, and what refills the stage is quick if L2 has it.
-    if (kOwnRing) release(barriers.empty(stage));
 #pragma unroll
     for (int i = 0; i < kSlabs * 4; ++i) {
+      if (i == (kOwnRing ? 0 : kSlabs * 2)) weights_are_read(stage);
       u64 const offset = (i / 4 * kSlabBytes + i % 4 * 32) / 16;
       ptx::WgmmaM64K16<Config::kIsBf16, Config::kBlockM>::mma(sums, fragments[kBuffer][i], b + offset);
     }
     ptx::wgmma_commit_group();
+  }
+
+  // This stage's weights are in registers: their ordinary loads come before the copy engine's next writes there. In the middle of the
+  // wgmmas, which run meanwhile, the fence costs nothing, before them up to 5 %; but for a ring of their own sooner is better. No arrival before wgmma_fence: right behind the
+  // loads it may overtake them, and what refills the stage is quick if L2 has it.
+  __device__ __forceinline__ void weights_are_read(int stage) {
+    ptx::fence_proxy_async_shared();
+    if (kOwnRing) release(barriers.empty(stage));
   }
 
   // Every thread arrives, since every thread has read weights with ordinary loads. For activations, which only wgmmas read, one
@@ -390,14 +426,15 @@ struct Consumer {
   }
 
   __device__ __forceinline__ u32 split_sums(int from, int quad) const {
-    return smem + kSplitSumsAt + ((row_tile * (kSplits - 1) + from - 1) * kQuads + quad) * kQuadBytes + thread * 16;
+    return smem + kSplitSumsAt + ((row_tile * (kSplits - 1) + from) * kQuads + quad) * kQuadBytes + thread * 16;
   }
 
-  // The first warpgroup along k adds what the others have, in their order.
+  // The last warpgroup along k adds what the others have, in their order: where all have as many stages, it is the last to be done.
+  __device__ __forceinline__ bool is_collector() const { return split == kSplits - 1; }
   __device__ __forceinline__ void reduce_splits() {
     if constexpr (kSplits > 1) {
       int const full = split_sums_full(row_tile), empty = split_sums_empty(row_tile);
-      if (split > 0) {
+      if (!is_collector()) {
 #pragma unroll
         for (int j = 0; j < kQuads; ++j)
           ptx::st_shared_f32x4(split_sums(split, j), {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
@@ -406,7 +443,7 @@ struct Consumer {
       } else {
         ptx::bar_sync(full, kSplits * kWarpgroup);
 #pragma unroll
-        for (int from = 1; from < kSplits; ++from) {
+        for (int from = 0; from < kSplits - 1; ++from) {
 #pragma unroll
           for (int j = 0; j < kQuads; ++j) add(j, ptx::ld_shared_f32x4(split_sums(from, j)));
         }
@@ -415,15 +452,21 @@ struct Consumer {
     }
   }
 
-  // Every rank sends each rank the quads it stores, and adds what it gets in the order of the ranks.
+  // Every rank sends every other the quads that it stores, and adds what it gets to its own in the order of the ranks.
   __device__ __forceinline__ void reduce_ranks(int pieces_before, bool is_last) {
     if constexpr (kRanks > 1) {
       u32 const inbox = smem + kRankSumsAt + row_tile * kQuads * kQuadBytes + thread * 16;
       u32 const rank = ptx::cluster_ctarank(), phase = pieces_before & 1;
-      if (thread == 0) ptx::mbarrier_arrive_expect_tx(barriers.sums_full(row_tile), kQuads * kQuadBytes);
+      if (thread == 0) ptx::mbarrier_arrive_expect_tx(barriers.sums_full(row_tile), (kQuads - kStoreQuads) * kQuadBytes);
       ptx::mbarrier_wait_cluster(barriers.sums_empty(row_tile), phase ^ 1);
+      float own[kStoreQuads * 4];
 #pragma unroll
       for (int to = 0; to < kRanks; ++to) {
+        if (to == rank) {
+#pragma unroll
+          for (int i = 0; i < kStoreQuads * 4; ++i) own[i] = sums[to * kStoreQuads * 4 + i];
+          continue;
+        }
         u32 const remote = ptx::mapa(inbox + rank * kStoreQuads * kQuadBytes, to);
         u32 const arrived = ptx::mapa(barriers.sums_full(row_tile), to);
 #pragma unroll
@@ -434,9 +477,10 @@ struct Consumer {
       }
       ptx::mbarrier_wait_cluster(barriers.sums_full(row_tile), phase);
 #pragma unroll
-      for (int i = 0; i < kStoreQuads * 4; ++i) sums[i] = 0.f;
+      for (int i = 0; i < kStoreQuads * 4; ++i) sums[i] = own[i];
 #pragma unroll
       for (int from = 0; from < kRanks; ++from) {
+        if (from == rank) continue;
 #pragma unroll
         for (int i = 0; i < kStoreQuads; ++i) add(i, ptx::ld_shared_f32x4(inbox + (from * kStoreQuads + i) * kQuadBytes));
       }
@@ -447,31 +491,27 @@ struct Consumer {
     }
   }
 
-  // Adds a split tile's sums from its last k block to its first; true where this piece is the first and holds the whole sum.
-  // A slot's lock counts the k blocks summed so far, from the end; it is zero again when the tile is done.
-  __device__ __forceinline__ bool reduce_stripes(Piece piece, int k_blocks, int slot, f32x4* partials, int* locks) {
+  // Leaves the sums of a piece that begins inside a tile to the block that begins the tile, which adds them in the order of k; true
+  // where the sums are whole.
+  __device__ __forceinline__ bool reduce_stripes(Walk const& walk, Piece piece, int k_blocks, f32x4* partials) {
     if constexpr (Config::kPartition != Partition::kStriped) return true;
-    bool const is_first = piece.first == 0, is_last = piece.first + piece.count == k_blocks;
-    if (is_first && is_last) return true;
-    f32x4* const slab = partials + static_cast<long long>(slot * kRowTiles + row_tile) * kQuads * kWarpgroup + thread;
-    int* const lock = locks + slot * kRowTiles + row_tile;
-    if (!is_last) {
-      if (thread == 0) {
-        while (ptx::ld_acquire_gpu(lock) != k_blocks - piece.first - piece.count) {
-        }
-      }
-      ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) add(j, ptx::ld_global_cg_f32x4(slab + j * kWarpgroup));
-    }
-    if (!is_first) {
+    f32x4* slab = partials + static_cast<long long>(walk.stripe() * kRowTiles + row_tile) * kQuads * kWarpgroup + thread;
+    if (!piece.is_first()) {
 #pragma unroll
       for (int j = 0; j < kQuads; ++j)
         ptx::st_global_cg_f32x4(slab + j * kWarpgroup, {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
-      ptx::bar_sync(warpgroup_barrier(row_tile), kWarpgroup);
+      ptx::bar_arrive(kPartialsStored, kPassThreads);
+      return false;
     }
-    if (thread == 0) ptx::st_release_gpu(lock, is_first ? 0 : k_blocks - piece.first);
-    return is_first;
+    if (piece.is_last(k_blocks)) return true;
+    ptx::bar_sync(kPartialsReady, kPassThreads);
+#pragma unroll 1
+    for (int i = 0; i < walk.sharers(piece); ++i) {
+      slab += kRowTiles * kQuads * kWarpgroup;
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) add(j, ptx::ld_global_cg_f32x4(slab + j * kWarpgroup));
+    }
+    return true;
   }
 
   __device__ __forceinline__ void add(int j, f32x4 v) {
@@ -517,7 +557,8 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const a_tail_map,
     __grid_constant__ marlin_gen::ptx::TensorMap const c_map, marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::u16 const* bias,
-    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int dependent) {
+    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int striped, int stripe_blocks,
+    int dependent) {
   using namespace marlin_gen;
   extern __shared__ __align__(1024) u8 shared[];
   u32 const smem = ptx::smem_address(shared);
@@ -530,7 +571,7 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
   }
   TileOrder const order{ceil_div(m, Config::kBlockM), ceil_div(n / 64, kRowTiles), raster};
   int const k_blocks = k / Config::kBlockK;
-  Walk walk(order.tiles_m * order.tiles_n, k_blocks);
+  Walk walk(order.tiles_m * order.tiles_n, k_blocks, striped, stripe_blocks);
 
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -538,7 +579,10 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
     barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
     int const tail_tile = order.tiles_m - 1;
     Activations const a{a_map, a_tail_map, tail_tile, m - tail_tile * Config::kBlockM};
-    if (warp == 0 && ptx::elect_sync()) {
+    if (Config::kPartition == Partition::kStriped && warp == 1) {
+      if (dependent) ptx::griddepcontrol_wait();  // before a lock is read
+      pass_sums(walk, k_blocks, threadIdx.x % 32, locks);
+    } else if (warp == 0 && ptx::elect_sync()) {
       if (dependent) ptx::griddepcontrol_wait();  // before anything is read
       produce(a, Weights{weight, scales, n, k}, order, walk, smem, barriers);
     }
@@ -554,13 +598,13 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
       order.locate(piece.tile, tile_m, tile_n);
       self.mainloop(piece.count);
       self.reduce_splits();
-      if (self.split > 0) continue;
+      if (!self.is_collector()) continue;
       self.reduce_ranks(pieces, walk.is_done());
-      if (self.reduce_stripes(piece, k_blocks, walk.first_stripe(piece.tile), partials, locks)) {
+      if (self.reduce_stripes(walk, piece, k_blocks, partials)) {
         int const first_token = kRanks > 1 ? static_cast<int>(ptx::cluster_ctarank()) * kStoreQuads * 8 : 0;
         self.store(c_map, bias, (tile_n * kRowTiles + self.row_tile) * 64, tile_m * Config::kBlockM + first_token, n);
       }
     }
-    if (self.split == 0 && thread == 0) ptx::cp_async_bulk_wait_group();
+    if (self.is_collector() && thread == 0) ptx::cp_async_bulk_wait_group();
   }
 }

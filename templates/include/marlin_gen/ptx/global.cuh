@@ -17,6 +17,9 @@ __device__ __forceinline__ int ld_acquire_gpu(int const* address) {
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
   return v;
 }
+__device__ __forceinline__ void st_relaxed_gpu(int* address, int v) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+}
 // After all global writes of this thread, and of those that met it at a barrier before, as every thread of the GPU sees them.
 __device__ __forceinline__ void st_release_gpu(int* address, int v) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(v) : "memory");

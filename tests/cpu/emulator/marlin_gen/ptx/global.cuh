@@ -27,12 +27,13 @@ inline int ld_acquire_gpu(int const* address) {
   self().lock = address;
   return self().lock_value = *address;
 }
-inline void st_release_gpu(int* address, int v) {
-  check_global(address, 4, {request.locks}, "st.release");
-  check_waited("st.release");
+inline void st_relaxed_gpu(int* address, int v) {
+  check_global(address, 4, {request.locks}, "store of a lock");
+  check_waited("store of a lock");
   self().lock = nullptr;
   may_pause();
   *address = v;
 }
+inline void st_release_gpu(int* address, int v) { st_relaxed_gpu(address, v); }
 
 }  // namespace marlin_gen::ptx
