@@ -21,7 +21,7 @@ from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.measurement import PROTOCOL, Artifact
 from marlin_gen.table_file import FILE_NAME, MAX_CUBIN_BYTES, Parsed, file_text, read_file
-from marlin_gen.table_row import KernelFile, TableRow
+from marlin_gen.table_row import KernelFile, TableRow, named_kernels
 
 __all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "parse", "publish"]
 
@@ -62,7 +62,7 @@ class DispatchTable:
     def merged(self, newer: DispatchTable, prefer: str = "newer") -> DispatchTable:
         """The rows of both; ``prefer`` says whose where both have a problem: one of ``PREFERENCES``.
 
-        Kernels that nothing names are dropped; of two builds of one kernel the newer table's stays only under "newer".
+        Kernels that no look-up names are dropped; of two builds of one kernel the newer's stays only under "newer".
         """
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is not one of {', '.join(PREFERENCES)}")
@@ -76,7 +76,7 @@ class DispatchTable:
             old = rows.get(row.problem)
             if old is None or prefer == "newer" or (prefer == "faster" and row.us < old.us):
                 rows[row.problem] = row
-        named = {spec.key for row in rows.values() for spec in row.specs(self.gpu)}
+        named = named_kernels(self.gpu, rows.values())
         both = {**self.kernels, **newer.kernels} if prefer == "newer" else {**newer.kernels, **self.kernels}
         kernels = {key: kernel for key, kernel in both.items() if key in named}
         if prefer == "newer":  # a tune ships what it was told to, defaults of other shapes included

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families import FAMILIES
+from marlin_gen.families import FAMILIES, default_specs
 from marlin_gen.measurement import Artifact, Baseline, Measurement
 from marlin_gen.problem import Problem
 
@@ -193,3 +194,10 @@ def _plan_from_json(data: dict[str, Any]) -> Plan:
     if raster < 1:
         raise FieldError(f"raster={raster} is not a positive whole number")
     return Plan(config, raster)
+
+
+def named_kernels(gpu: Gpu, rows: Collection[TableRow]) -> set[str]:
+    """The spec keys that a look-up among these rows may name: theirs, and the defaults of the numbers they are for."""
+    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
+    theirs = {spec.key for row in rows for spec in row.specs(gpu)}
+    return theirs | {spec.key for spec in default_specs(gpu.arch, kinds)}

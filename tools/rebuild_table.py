@@ -28,7 +28,7 @@ from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
 from marlin_gen.table_file import FILE_NAME  # noqa: E402
-from marlin_gen.table_row import KernelFile, TableRow  # noqa: E402
+from marlin_gen.table_row import KernelFile, TableRow, named_kernels  # noqa: E402
 
 
 def compiled(specs: list[KernelSpec]) -> list[Artifact]:
@@ -48,7 +48,7 @@ def main() -> None:
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
     kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
     defaults = default_specs(gpu.arch, kinds)
-    named = {spec.key for spec in [*defaults, *(spec for row in rows for spec in row.specs(gpu))]}
+    named = named_kernels(gpu, rows)
     there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
     missing = [spec for spec in defaults if spec.key not in there]
     artifacts = compiled(missing if options.defaults else [*map(KernelSpec.from_key, there), *missing])

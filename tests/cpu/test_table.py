@@ -13,6 +13,8 @@ import pytest
 import tables
 from tables import H100, H200, mma, row, wgmma
 
+from marlin_gen.config import Plan
+from marlin_gen.families import default_specs
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
@@ -193,6 +195,15 @@ def test_publish_keeps_other_rows_and_prunes_unnamed_kernels(written, tmp_path):
     found = load(written.folder)
     assert set(found.kernels) == {artifacts[0].spec.key}
     assert [path.stem for path in (written.folder / "kernels").iterdir()] == [artifacts[0].spec.key]
+
+
+def test_publish_keeps_kernels_that_only_a_lookup_names(written, tmp_path):
+    """A tune ships its defaults for shapes that no row has; a later one, of other numbers, must not drop them."""
+    default = Plan(default_specs(H100.arch, [("u4b8g128", "f16")])[0].config)
+    ours, later = tables.artifact(tmp_path / "ours", default), tables.artifact(tmp_path / "later", mma())
+    publish(written.folder, DispatchTable.build(H100, [], [ours], {}), [ours])
+    publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], [later], {}), [later])
+    assert load(written.folder).cubin(ours.spec.key)
 
 
 def test_publish_replaces_a_recompiled_kernel_for_all_its_rows(written, tmp_path):

@@ -83,7 +83,8 @@ constexpr int kOutputAt = round_up(kWeightsAt + kStages * kStageBytes, 1024);
 constexpr int kOutputBytes = kStoreQuads * 8 * 128;  // 64 features of this block's tokens
 constexpr int kSplitSumsAt = kOutputAt + kRowTiles * kOutputBytes;
 constexpr int kRankSumsAt = kSplitSumsAt + kRowTiles * (kSplits - 1) * kQuads * kQuadBytes;
-constexpr int kBarriersAt = kRankSumsAt + (kRanks > 1 ? kRowTiles * kQuads * kQuadBytes : 0);
+constexpr int kInboxQuads = kQuads - kStoreQuads;  // from the other ranks, each those that this block stores
+constexpr int kBarriersAt = kRankSumsAt + kRowTiles * kInboxQuads * kQuadBytes;
 constexpr int kRingBarriers = 2 * (kStages + (kOwnRing ? kAStages : 0));
 constexpr int kNumBarriers = kRingBarriers + (kRanks > 1 ? 2 * kRowTiles : 0);
 static_assert(kBarriersAt + kNumBarriers * 8 == Config::kSmemBytes);
@@ -452,12 +453,14 @@ struct Consumer {
     }
   }
 
+  // Where in the inbox of `to` the sums from another rank are.
+  __device__ static u32 slot_of(u32 from, u32 to) { return from < to ? from : from - 1; }
   // Every rank sends every other the quads that it stores, and adds what it gets to its own in the order of the ranks.
   __device__ __forceinline__ void reduce_ranks(int pieces_before, bool is_last) {
     if constexpr (kRanks > 1) {
-      u32 const inbox = smem + kRankSumsAt + row_tile * kQuads * kQuadBytes + thread * 16;
+      u32 const inbox = smem + kRankSumsAt + row_tile * kInboxQuads * kQuadBytes + thread * 16;
       u32 const rank = ptx::cluster_ctarank(), phase = pieces_before & 1;
-      if (thread == 0) ptx::mbarrier_arrive_expect_tx(barriers.sums_full(row_tile), (kQuads - kStoreQuads) * kQuadBytes);
+      if (thread == 0) ptx::mbarrier_arrive_expect_tx(barriers.sums_full(row_tile), kInboxQuads * kQuadBytes);
       ptx::mbarrier_wait_cluster(barriers.sums_empty(row_tile), phase ^ 1);
       float own[kStoreQuads * 4];
 #pragma unroll
@@ -467,7 +470,7 @@ struct Consumer {
           for (int i = 0; i < kStoreQuads * 4; ++i) own[i] = sums[to * kStoreQuads * 4 + i];
           continue;
         }
-        u32 const remote = ptx::mapa(inbox + rank * kStoreQuads * kQuadBytes, to);
+        u32 const remote = ptx::mapa(inbox + slot_of(rank, to) * kStoreQuads * kQuadBytes, to);
         u32 const arrived = ptx::mapa(barriers.sums_full(row_tile), to);
 #pragma unroll
         for (int i = 0; i < kStoreQuads; ++i) {
@@ -482,7 +485,7 @@ struct Consumer {
       for (int from = 0; from < kRanks; ++from) {
         if (from == rank) continue;
 #pragma unroll
-        for (int i = 0; i < kStoreQuads; ++i) add(i, ptx::ld_shared_f32x4(inbox + (from * kStoreQuads + i) * kQuadBytes));
+        for (int i = 0; i < kStoreQuads; ++i) add(i, ptx::ld_shared_f32x4(inbox + (slot_of(from, rank) * kStoreQuads + i) * kQuadBytes));
       }
       // Nobody waits for what follows, a fence of the whole GPU; and all that is sent to a block must arrive before it leaves.
       if (is_last) return;
