@@ -215,7 +215,6 @@ class WgmmaFamily:
         )
 
 
-
 def _stripes(tiles: int, k_blocks: int, blocks: int) -> tuple[int, int]:
     """How many tiles are shared out in stripes, one a block, and how many k blocks a stripe has.
 
@@ -224,5 +223,6 @@ def _stripes(tiles: int, k_blocks: int, blocks: int) -> tuple[int, int]:
     """
     striped = tiles - max(tiles // blocks - 1, 0) * blocks
     return striped, -(-striped * k_blocks // blocks)
+
 
 WGMMA = WgmmaFamily()

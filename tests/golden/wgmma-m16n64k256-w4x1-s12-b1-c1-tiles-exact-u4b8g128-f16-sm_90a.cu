@@ -373,8 +373,8 @@ struct Consumer {
   }
 
   // This stage's weights are in registers: their ordinary loads come before the copy engine's next writes there. In the middle of the
-  // wgmmas, which run meanwhile, the fence costs nothing, before them up to 5 %; but for a ring of their own sooner is better. No arrival before wgmma_fence: right behind the
-  // loads it may overtake them, and what refills the stage is quick if L2 has it.
+  // wgmmas, which run meanwhile, the fence costs nothing, before them up to 5 %; a ring of their own is better given back sooner.
+  // No arrival before wgmma_fence: right behind the loads it may overtake them, and what refills the stage is quick if L2 has it.
   __device__ __forceinline__ void weights_are_read(int stage) {
     ptx::fence_proxy_async_shared();
     if (kOwnRing) release(barriers.empty(stage));
@@ -453,7 +453,7 @@ struct Consumer {
     }
   }
 
-  // Where in the inbox of `to` the sums from another rank are.
+  // Where the sums from another rank are in the inbox of `to`.
   __device__ static u32 slot_of(u32 from, u32 to) { return from < to ? from : from - 1; }
   // Every rank sends every other the quads that it stores, and adds what it gets to its own in the order of the ranks.
   __device__ __forceinline__ void reduce_ranks(int pieces_before, bool is_last) {
@@ -560,8 +560,7 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const a_tail_map,
     __grid_constant__ marlin_gen::ptx::TensorMap const c_map, marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::u16 const* bias,
-    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int striped, int stripe_blocks,
-    int dependent) {
+    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int striped, int stripe_blocks, int dependent) {
   using namespace marlin_gen;
   extern __shared__ __align__(1024) u8 shared[];
   u32 const smem = ptx::smem_address(shared);
