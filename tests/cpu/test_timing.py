@@ -1,0 +1,65 @@
+"""First timings and finals: how often a graph is replayed, and when the card may rest. The graphs are made up."""
+
+from __future__ import annotations
+
+import pytest
+from tables import mma
+
+from marlin_gen import timing
+from marlin_gen.problem import Problem
+from marlin_gen.timing import REST_FROM_M, SCREEN_REPLAYS, Bench, interleaved
+
+
+class Played:
+    """A graph of ten calls that always takes as long."""
+
+    calls = 10
+
+    def __init__(self, us: float) -> None:
+        self.us, self.replays = us, 0
+
+    def replay(self) -> float:
+        self.replays += 1
+        return self.us
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    seconds: list[float] = []
+    monkeypatch.setattr(timing.time, "sleep", seconds.append)
+    return seconds
+
+
+def bench_of(graph: Played) -> Bench:
+    bench = object.__new__(Bench)  # no device
+    bench._best = {}
+    bench.check = lambda *_: (2e-4, None)
+    bench.graph = lambda *_: graph
+    return bench
+
+
+def test_a_first_timing_rests_as_long_as_large_products_ran(slept):
+    large, small = (Problem(4096, 4096, m) for m in (REST_FROM_M, REST_FROM_M - 1))
+    graph = Played(30.0)
+    found = bench_of(graph).screen(None, mma(), large)
+    assert (found.us, found.us_low, found.us_high) == (30.0, 30.0, 30.0)
+    assert graph.replays == 1 + SCREEN_REPLAYS == len(slept)
+    assert sum(slept) == pytest.approx(graph.replays * 30e-6 * Played.calls)
+    slept.clear()
+    bench_of(Played(30.0)).screen(None, mma(), small)
+    assert not slept
+
+
+def test_a_plan_far_behind_gets_one_timed_replay(slept):
+    problem, bench = Problem(4096, 4096, 1), bench_of(Played(10.0))
+    bench.screen(None, mma(), problem)
+    slow = Played(16.0)
+    bench.graph = lambda *_: slow
+    assert bench.screen(None, mma(), problem).us == 16.0 and slow.replays == 2
+
+
+def test_interleaved_replays_warm_up_and_leave_failures_out(slept):
+    graphs = [Played(5.0), None, Played(7.0)]
+    found = interleaved(graphs, 3, rest=True)
+    assert [spread and spread.us for spread in found] == [5.0, None, 7.0]
+    assert [graph.replays for graph in graphs if graph] == [4, 4] and len(slept) == 8
