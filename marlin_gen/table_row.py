@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -196,8 +196,11 @@ def _plan_from_json(data: dict[str, Any]) -> Plan:
     return Plan(config, raster)
 
 
+def defaults_beside(gpu: Gpu, rows: Iterable[TableRow]) -> list[KernelSpec]:
+    """What shapes that these rows lack may be served with: every default of the numbers that the rows are for."""
+    return default_specs(gpu.arch, sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows}))
+
+
 def named_kernels(gpu: Gpu, rows: Collection[TableRow]) -> set[str]:
-    """The spec keys that a look-up among these rows may name: theirs, and the defaults of the numbers they are for."""
-    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
-    theirs = {spec.key for row in rows for spec in row.specs(gpu)}
-    return theirs | {spec.key for spec in default_specs(gpu.arch, kinds)}
+    """The spec keys that a look-up among these rows may name: theirs, and the defaults beside them."""
+    return {spec.key for row in rows for spec in row.specs(gpu)} | {spec.key for spec in defaults_beside(gpu, rows)}

@@ -23,12 +23,11 @@ from marlin_gen import whole_files  # noqa: E402
 from marlin_gen.arch import Gpu  # noqa: E402
 from marlin_gen.compile import compile_all  # noqa: E402
 from marlin_gen.config import KernelSpec  # noqa: E402
-from marlin_gen.families import default_specs  # noqa: E402
 from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
 from marlin_gen.table_file import FILE_NAME  # noqa: E402
-from marlin_gen.table_row import KernelFile, TableRow, named_kernels  # noqa: E402
+from marlin_gen.table_row import KernelFile, TableRow, defaults_beside, named_kernels  # noqa: E402
 
 
 def compiled(specs: list[KernelSpec]) -> list[Artifact]:
@@ -46,9 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     data = json.loads((options.table / FILE_NAME).read_bytes())
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
-    kinds = sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows})
-    defaults = default_specs(gpu.arch, kinds)
-    named = named_kernels(gpu, rows)
+    defaults, named = defaults_beside(gpu, rows), named_kernels(gpu, rows)
     there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
     missing = [spec for spec in defaults if spec.key not in there]
     artifacts = compiled(missing if options.defaults else [*map(KernelSpec.from_key, there), *missing])

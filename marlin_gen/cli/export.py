@@ -17,13 +17,12 @@ from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
-from marlin_gen.families import default_specs
 from marlin_gen.measurement import Artifact
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_archive import SUFFIX, write_archive
-from marlin_gen.table_row import KernelFile
+from marlin_gen.table_row import KernelFile, defaults_beside
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ def _beside(found: DispatchTable) -> list[Path]:
 
 def _default_kernels(whole: DispatchTable) -> set[str]:
     """What an untuned shape may be served with, as far as the table has it."""
-    kinds = {Kind.of(row.problem) for row in whole.rows}
-    return {spec.key for spec in default_specs(whole.gpu.arch, kinds)} & whole.kernels.keys()
+    return {spec.key for spec in defaults_beside(whole.gpu, whole.rows)} & whole.kernels.keys()
 
 
 def _recorded(recordings: Sequence[Recording], found: DispatchTable) -> set[str]:

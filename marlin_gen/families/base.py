@@ -18,7 +18,6 @@ from marlin_gen.problem import Problem
 LAUNCH_VERSION = 5
 
 
-
 @dataclass(frozen=True)
 class LaunchShape:
     """How one plan is launched on one problem: everything but the pointers.

@@ -437,8 +437,7 @@ struct Consumer {
       int const full = split_sums_full(row_tile), empty = split_sums_empty(row_tile);
       if (!is_collector()) {
 #pragma unroll
-        for (int j = 0; j < kQuads; ++j)
-          ptx::st_shared_f32x4(split_sums(split, j), {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
+        for (int j = 0; j < kQuads; ++j) ptx::st_shared_f32x4(split_sums(split, j), quad(j));
         ptx::bar_arrive(full, kSplits * kWarpgroup);
         ptx::bar_sync(empty, kSplits * kWarpgroup);
       } else {
@@ -473,10 +472,7 @@ struct Consumer {
         u32 const remote = ptx::mapa(inbox + slot_of(rank, to) * kStoreQuads * kQuadBytes, to);
         u32 const arrived = ptx::mapa(barriers.sums_full(row_tile), to);
 #pragma unroll
-        for (int i = 0; i < kStoreQuads; ++i) {
-          int const j = to * kStoreQuads + i;
-          ptx::st_async_f32x4(remote + i * kQuadBytes, {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]}, arrived);
-        }
+        for (int i = 0; i < kStoreQuads; ++i) ptx::st_async_f32x4(remote + i * kQuadBytes, quad(to * kStoreQuads + i), arrived);
       }
       ptx::mbarrier_wait_cluster(barriers.sums_full(row_tile), phase);
 #pragma unroll
@@ -501,8 +497,7 @@ struct Consumer {
     f32x4* slab = partials + static_cast<long long>(walk.stripe() * kRowTiles + row_tile) * kQuads * kWarpgroup + thread;
     if (!piece.is_first()) {
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j)
-        ptx::st_global_cg_f32x4(slab + j * kWarpgroup, {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]});
+      for (int j = 0; j < kQuads; ++j) ptx::st_global_cg_f32x4(slab + j * kWarpgroup, quad(j));
       ptx::bar_arrive(kPartialsStored, kPassThreads);
       return false;
     }
@@ -517,6 +512,7 @@ struct Consumer {
     return true;
   }
 
+  __device__ __forceinline__ f32x4 quad(int j) const { return {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]}; }
   __device__ __forceinline__ void add(int j, f32x4 v) {
     sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
   }
