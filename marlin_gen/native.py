@@ -22,7 +22,7 @@ from marlin_gen.problem import Problem, words_per_tile
 log = logging.getLogger("marlin_gen")
 
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}
-MAX_OPERANDS, MAX_SCALARS = 12, 8
+MAX_OPERANDS, MAX_SCALARS = 12, 12
 _LOCK = threading.Lock()
 
 

@@ -34,7 +34,7 @@ struct ProblemHash {
 // Operands of a kernel, numbered as OPERANDS in families/base.py lists them.
 enum class Operand : uint8_t { kAMap, kATailMap, kCMap, kA, kC, kWeight, kScales, kBias, kPartials, kLocks };
 
-constexpr int kMaxOperands = 12, kMaxScalars = 8;
+constexpr int kMaxOperands = 12, kMaxScalars = 12;
 
 // LaunchShape and the loaded function, field for field as marlin_gen.native.StepRecord.
 struct Step {

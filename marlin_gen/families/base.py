@@ -14,8 +14,9 @@ from marlin_gen.problem import Problem
 # What a launch passes to a kernel, and how: OPERANDS, scalars, tensor maps, workspace. A prebuilt kernel takes its
 # arguments as they were when it was compiled, so tables of another version are not used. A new order is a new number.
 # 2: a tensor map for the last token tile, and a bias. 3: a dependent kernel waits before it reads anything. 4: the host
-# cuts the stripes, each of which has one lock. 5: clusters have a smaller inbox, so less shared memory.
-LAUNCH_VERSION = 5
+# cuts the stripes, each of which has one lock. 5: clusters have a smaller inbox, so less shared memory. 6: the wgmma
+# family divides by reciprocals.
+LAUNCH_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class LaunchShape:
 # Names a kernel's pointer arguments may have. *_map are 128-byte CUtensorMap values (128-byte swizzle), the others
 # device pointers; "bias" is null where there is none.
 OPERANDS = ("a_map", "a_tail_map", "c_map", "a", "c", "weight", "scales", "bias", "partials", "locks")
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """(multiplier, shift): a // divisor == a * multiplier >> shift for 0 <= a < 2**31, by which kernels divide.
+
+    The multiplier is below 2**32; as an int32, like all scalars, it may be negative.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    multiplier = -(-(1 << shift) // divisor)
+    return multiplier - (multiplier >> 31 << 32), shift
 
 
 class KernelFamily(Protocol):

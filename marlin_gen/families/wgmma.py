@@ -7,7 +7,7 @@ from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families.base import LaunchShape, fitted, reject_format
+from marlin_gen.families.base import LaunchShape, fitted, reciprocal, reject_format
 from marlin_gen.formats import WeightFormat, weight_format
 from marlin_gen.problem import Problem
 
@@ -149,7 +149,7 @@ class WgmmaFamily:
         if tiles_m == 1:
             return (1,)
         orders = (8,) if problem.m <= 256 else (4, 8, 16, 32)
-        return tuple(r for r in orders if r < tiles_n) or (tiles_n,)
+        return tuple(r for r in orders if r < tiles_n) or (1 << (tiles_n - 1).bit_length(),)
 
     def threads(self, config: KernelConfig) -> int:
         return WARPGROUP * (1 + config.warps_n // 4 * config.warps_k)
@@ -200,13 +200,17 @@ class WgmmaFamily:
         tiles, k_blocks, striped = self.num_tiles(c, problem), problem.k // c.block_k, c.partition == "striped"
         grid = min(tiles * k_blocks if striped else tiles, max_clusters) * c.cluster_size
         stripes = _stripes(tiles, k_blocks, grid) if striped else (0, 0)
+        log_raster = (plan.raster - 1).bit_length()  # the kernel walks the next power of two
         return LaunchShape(
             grid=grid,
             threads=self.threads(c),
             smem_bytes=self.smem_bytes(c, weight_format(problem.weight_format)),
             cluster=c.cluster_size,
             operands=OPERANDS,
-            scalars=(problem.m, problem.n, problem.k, plan.raster, *stripes),
+            scalars=(
+                problem.m, problem.n, problem.k, log_raster, *stripes,
+                *reciprocal(-(-problem.m // c.block_m)), *reciprocal(k_blocks),
+            ),
             a_box=(c.block_m, SLAB_K),
             a_tail_rows=(problem.m - 1) % c.block_m + 1,
             c_box=(c.block_m // c.cluster_size, 64),

@@ -58,7 +58,7 @@ class _Request(ctypes.Structure):
         ("a_box", ctypes.c_int * 2),
         ("c_box", ctypes.c_int * 2),
         ("a_tail_rows", ctypes.c_int),
-        ("scalars", ctypes.c_int * 6),
+        ("scalars", ctypes.c_int * 12),
         *((name, _Span) for name in ("a", "c", "weight", "scales", "bias", "partials", "locks")),
     )
 

@@ -34,7 +34,8 @@ struct Config {
 };
 // The wgmma family (sm_90a): C[m, n] = A[m, k] * dequantize(B)[n, k]^T, computed transposed, so that weights are the register operand.
 //
-// One producer thread fills a ring of stages by TMA: activations as swizzled boxes, packed weights and scales as linear copies.
+// A producer thread fills a ring of stages by TMA: activations as swizzled boxes, packed weights and scales as linear copies. Where
+// two warpgroups empty one ring by turns, two threads fill it, one with weights and one with activations.
 // Activations may have a ring of their own (kOwnRing): weights are free again once they are decoded, activations only when they are
 // multiplied, and are the larger part of a stage.
 // Consumer warpgroups take weights from shared memory to registers, decode them there and multiply; the next
@@ -68,6 +69,7 @@ constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stor
 constexpr int kStages = Config::kNumStages;
 constexpr bool kOwnRing = Config::kAStages > 0;  // activations have a ring beside that of weights
 constexpr int kAStages = kOwnRing ? Config::kAStages : kStages;
+constexpr bool kTwoProducers = !kOwnRing && kSplits > 1;  // 1 to 3 % there, where stages are used up fastest; elsewhere up to 2 % lost
 
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
 constexpr int kSlabBytes = Config::kBlockM * 128;
@@ -98,7 +100,7 @@ struct Barriers {
   u32 base;
   __device__ void init() const {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(full(stage), kTwoProducers ? 2 : 1);
       ptx::mbarrier_init(empty(stage), kRowTiles * kWarpgroup);
     }
     for (int stage = 0; kOwnRing && stage < kAStages; ++stage) {
@@ -130,9 +132,10 @@ struct Barriers {
 __device__ __forceinline__ int warpgroup_barrier(int consumer) { return 1 + consumer; }
 __device__ __forceinline__ int split_sums_full(int row_tile) { return 1 + kConsumers + row_tile; }
 __device__ __forceinline__ int split_sums_empty(int row_tile) { return 1 + kConsumers + kRowTiles + row_tile; }
+constexpr int kBarriersMade = 13;  // by the first producer, for a second
 constexpr int kPartialsReady = 14, kPartialsStored = 15;  // of a stripe; one warp of the producer's group and those that hold a tile's sums
 constexpr int kPassThreads = 32 + kRowTiles * kWarpgroup;
-static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 14);
+static_assert(1 + kConsumers + (kSplits > 1 ? 2 * kRowTiles : 0) <= 13);
 
 template <int kDepth>
 struct RingPosition {
@@ -154,15 +157,24 @@ struct Piece {
   __device__ bool is_last(int k_blocks) const { return first + count == k_blocks; }
 };
 
-// The pieces of this block, in order. Both roles walk the same list.
+// Divides by a number that the host knows (`reciprocal` in families/base.py), for 0 <= a < 2^31: the division that the compiler makes
+// takes 0.1 us, which all roles wait for before the first load or the next tile.
+struct Divisor {
+  int value;
+  u32 multiplier;
+  int shift;
+  __device__ int quotient(int a) const { return static_cast<int>(u64(u32(a)) * multiplier >> shift); }
+};
+
+// The pieces of this block, in order. All roles walk the same list.
 class Walk {
  public:
   // kStriped: the first `striped` tiles are shared out in stripes of `stripe_blocks` k blocks, the others whole.
-  __device__ Walk(int num_tiles, int k_blocks, int striped, int stripe_blocks)
+  __device__ Walk(int num_tiles, Divisor k_blocks, int striped, int stripe_blocks)
       : num_tiles_(num_tiles), k_blocks_(k_blocks), stripe_blocks_(stripe_blocks), tile_(blockIdx.x / kRanks) {
     if constexpr (Config::kPartition == Partition::kStriped) {
       next_ = stripe() * stripe_blocks;
-      end_ = min(next_ + stripe_blocks, striped * k_blocks);
+      end_ = min(next_ + stripe_blocks, striped * k_blocks.value);
       tile_ += striped;
     }
   }
@@ -171,20 +183,20 @@ class Walk {
       // One way for stripes and whole tiles: with two, ptxas no longer sees that all threads walk alike, and has matrix descriptors in
       // vector registers (10 % slower).
       bool const whole = next_ >= end_;
-      next_ = whole ? tile_ * k_blocks_ : next_;
-      end_ = whole ? next_ + k_blocks_ : end_;
+      next_ = whole ? tile_ * k_blocks_.value : next_;
+      end_ = whole ? next_ + k_blocks_.value : end_;
       tile_ += whole ? gridDim.x : 0;
-      if (next_ >= num_tiles_ * k_blocks_) return false;  // the host keeps it below 2^30
-      piece.tile = next_ / k_blocks_;
-      piece.first = next_ % k_blocks_;
-      piece.count = min(k_blocks_ - piece.first, end_ - next_);
+      if (next_ >= num_tiles_ * k_blocks_.value) return false;  // the host keeps it below 2^30
+      piece.tile = k_blocks_.quotient(next_);
+      piece.first = next_ - piece.tile * k_blocks_.value;
+      piece.count = min(k_blocks_.value - piece.first, end_ - next_);
       next_ += piece.count;
     } else {
       if (tile_ >= num_tiles_) return false;
       int const rank = kRanks > 1 ? static_cast<int>(blockIdx.x) % kRanks : 0;
       piece.tile = tile_;
-      piece.first = k_blocks_ * rank / kRanks;
-      piece.count = k_blocks_ * (rank + 1) / kRanks - piece.first;
+      piece.first = k_blocks_.value * rank / kRanks;
+      piece.count = k_blocks_.value * (rank + 1) / kRanks - piece.first;
       tile_ += gridDim.x / kRanks;
     }
     return true;
@@ -195,23 +207,29 @@ class Walk {
   // only for blocks that were scheduled before it.
   __device__ int stripe() const { return static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x); }
   // How many stripes behind this one hold the rest of a tile that `piece` begins.
-  __device__ int sharers(Piece piece) const { return ceil_div(k_blocks_ - piece.count, stripe_blocks_); }
+  __device__ int sharers(Piece piece) const { return ceil_div(k_blocks_.value - piece.count, stripe_blocks_); }
 
  private:
-  int num_tiles_, k_blocks_, stripe_blocks_;
+  int num_tiles_;
+  Divisor k_blocks_;
+  int stripe_blocks_;
   int next_ = 0, end_ = 0;  // in k blocks: this block's stripe
   int tile_;                // the next whole one
 };
 
 struct TileOrder {
-  int tiles_m, tiles_n, raster;
-  // `raster` feature tiles are walked together: features fastest, then tokens, then the next group.
+  Divisor tiles_m;
+  int tiles_n, log_raster;
+  // 2^log_raster feature tiles are walked together: features fastest, then tokens, then the next group. A last group of fewer is walked
+  // tokens fastest, which takes no division by its width.
   __device__ void locate(int tile, int& tile_m, int& tile_n) const {
-    if (tiles_m == 1) return void((tile_n = tile, tile_m = 0));  // no division before the first load
-    int const per_group = raster * tiles_m, group = tile / per_group, rest = tile - group * per_group;
-    int const width = min(raster, tiles_n - group * raster);
-    tile_n = group * raster + rest % width;
-    tile_m = rest / width;
+    if (tiles_m.value == 1) return void((tile_n = tile, tile_m = 0));
+    int const raster = 1 << log_raster;
+    int const first = tiles_m.quotient(tile >> log_raster) << log_raster;  // feature tile of the group
+    int const rest = tile - first * tiles_m.value, across = tiles_m.quotient(rest);
+    bool const narrow = first + raster > tiles_n;
+    tile_m = narrow ? rest - across * tiles_m.value : rest >> log_raster;
+    tile_n = first + (narrow ? across : rest & (raster - 1));
   }
 };
 
@@ -303,6 +321,8 @@ class WeightsAhead {
   int tile_n_ = 0, block_ = 0, end_ = 0;
 };
 
+// Fills the ring with what it is told to. With two rings, that of activations, and weights ahead in the other.
+template <bool kWeights, bool kActivations>
 __device__ __forceinline__ void produce(Activations a, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers) {
   WeightsAhead ahead(weights, order, walk, smem + kWeightsAt, barriers);
 #pragma unroll 1
@@ -313,7 +333,7 @@ __device__ __forceinline__ void produce(Activations a, Weights weights, TileOrde
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
     TensorMap const* const map = a.of(tile_m);
-    int const loaded_bytes = (kOwnRing ? 0 : kStageBytes) + kAStageBytes - a.missing_bytes(tile_m);
+    int const loaded_bytes = (kWeights ? kStageBytes : 0) + (kActivations ? kAStageBytes - a.missing_bytes(tile_m) : 0);
     int const end = piece.first + piece.count;
     for (int block = piece.first; block < end; ++block, at.advance<1>()) {
       // Weights before activations: after them is up to 6 % slower.
@@ -321,9 +341,9 @@ __device__ __forceinline__ void produce(Activations a, Weights weights, TileOrde
       u32 const full = barriers.a_full(at.stage);
       ptx::mbarrier_wait(barriers.a_empty(at.stage), at.phase);
       ptx::mbarrier_arrive_expect_tx(full, loaded_bytes);
-      if (!kOwnRing) weights.load(smem + kWeightsAt + at.stage * kStageBytes, full, tile_n, block);
+      if (kWeights) weights.load(smem + kWeightsAt + at.stage * kStageBytes, full, tile_n, block);
 #pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab)
+      for (int slab = 0; kActivations && slab < kSlabs; ++slab)
         ptx::cp_async_bulk_tensor_2d_load(smem + at.stage * kAStageBytes + slab * kSlabBytes, map, (block * kSlabs + slab) * 64,
                                           tile_m * Config::kBlockM, full);
     }
@@ -391,9 +411,9 @@ struct Consumer {
     decode<kBuffer>(at.stage);
   }
 
-  // Multiplies what stage `at` held while the stage after it, if there is one, is decoded into the other buffer.
+  // Starts to multiply what stage `at` held: the stage after it may be decoded into the other buffer.
   template <int kBuffer>
-  __device__ __forceinline__ void step(RingPosition<kStages>& at, RingPosition<kAStages>& a_at, int& last_stage, bool has_next) {
+  __device__ __forceinline__ void step(RingPosition<kStages>& at, RingPosition<kAStages>& a_at, int& last_stage) {
     int const a_stage = kOwnRing ? a_at.stage : at.stage;
     if (kOwnRing) ptx::mbarrier_wait(barriers.a_full(a_stage), a_at.phase);
     multiply<kBuffer>(at.stage, a_stage);
@@ -402,7 +422,6 @@ struct Consumer {
     last_stage = a_stage;
     at.advance<kSplits>();
     a_at.advance<kSplits>();
-    if (has_next) take_weights<kBuffer ^ 1>(at);
   }
 
   // sums = this warpgroup's share of `count` k blocks: stages split, split + kSplits, ...
@@ -416,11 +435,17 @@ struct Consumer {
     if (kSplits > 1 && mine == 0) return;
     int last_stage = -1;
     take_weights<0>(at);
-    for (int i = 0;;) {
-      step<0>(at, a_at, last_stage, i + 1 < mine);
-      if (++i == mine) break;
-      step<1>(at, a_at, last_stage, i + 1 < mine);
-      if (++i == mine) break;
+    // With one ring a branch a stage, 1 to 4 % sooner than two; with two rings it is 1 to 2 % later.
+#pragma unroll 1
+    for (int left = mine;; left -= 2) {
+      step<0>(at, a_at, last_stage);
+      if (!kOwnRing && left == 1) break;
+      if (!kOwnRing || left > 1) take_weights<1>(at);
+      if (kOwnRing && left == 1) break;
+      step<1>(at, a_at, last_stage);
+      if (!kOwnRing && left == 2) break;
+      if (!kOwnRing || left > 2) take_weights<0>(at);
+      if (kOwnRing && left == 2) break;
     }
     ptx::wgmma_wait_group<0>();
     release(barriers.a_empty(last_stage));
@@ -556,7 +581,8 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin_gen::ptx::TensorMap const a_map, __grid_constant__ marlin_gen::ptx::TensorMap const a_tail_map,
     __grid_constant__ marlin_gen::ptx::TensorMap const c_map, marlin_gen::u8 const* weight, marlin_gen::u8 const* scales, marlin_gen::u16 const* bias,
-    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int raster, int striped, int stripe_blocks, int dependent) {
+    marlin_gen::f32x4* partials, int* locks, int m, int n, int k, int log_raster, int striped, int stripe_blocks,
+    marlin_gen::u32 tiles_m_multiplier, int tiles_m_shift, marlin_gen::u32 k_blocks_multiplier, int k_blocks_shift, int dependent) {
   using namespace marlin_gen;
   extern __shared__ __align__(1024) u8 shared[];
   u32 const smem = ptx::smem_address(shared);
@@ -567,22 +593,27 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
     if (dependent) ptx::griddepcontrol_launch_dependents();
     barriers.init();
   }
-  TileOrder const order{ceil_div(m, Config::kBlockM), ceil_div(n / 64, kRowTiles), raster};
+  TileOrder const order{{ceil_div(m, Config::kBlockM), tiles_m_multiplier, tiles_m_shift}, ceil_div(n / 64, kRowTiles), log_raster};
   int const k_blocks = k / Config::kBlockK;
-  Walk walk(order.tiles_m * order.tiles_n, k_blocks, striped, stripe_blocks);
+  Walk walk(order.tiles_m.value * order.tiles_n, {k_blocks, k_blocks_multiplier, k_blocks_shift}, striped, stripe_blocks);
 
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     __syncwarp();
+    if (kTwoProducers && kRanks == 1 && warp == 0) ptx::bar_arrive(kBarriersMade, 64);
+    if (kTwoProducers && kRanks == 1 && warp == 2) ptx::bar_sync(kBarriersMade, 64);
     barriers.ready_arrive();  // it does not wait for the consumers: its first loads are under way when they start
-    int const tail_tile = order.tiles_m - 1;
+    int const tail_tile = order.tiles_m.value - 1;
     Activations const a{a_map, a_tail_map, tail_tile, m - tail_tile * Config::kBlockM};
     if (Config::kPartition == Partition::kStriped && warp == 1) {
       if (dependent) ptx::griddepcontrol_wait();  // before a lock is read
       pass_sums(walk, k_blocks, threadIdx.x % 32, locks);
     } else if (warp == 0 && ptx::elect_sync()) {
       if (dependent) ptx::griddepcontrol_wait();  // before anything is read
-      produce(a, Weights{weight, scales, n, k}, order, walk, smem, barriers);
+      produce<!kOwnRing, !kTwoProducers>(a, Weights{weight, scales, n, k}, order, walk, smem, barriers);
+    } else if (kTwoProducers && warp == 2 && ptx::elect_sync()) {
+      if (dependent) ptx::griddepcontrol_wait();
+      produce<false, true>(a, Weights{weight, scales, n, k}, order, walk, smem, barriers);
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();

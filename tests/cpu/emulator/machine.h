@@ -29,7 +29,7 @@ struct Request {
   int dependent;  // launched before the grid that it depends on is done
   int fault;  // 0, or which of the faults that a test has put into the kernel
   int a_box[2], c_box[2], a_tail_rows;   // (rows, columns)
-  int scalars[6];
+  int scalars[12];
   Span a, c, weight, scales, bias, partials, locks;
 };
 inline Request request;
