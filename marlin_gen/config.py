@@ -76,7 +76,7 @@ class Plan:
     """What a table row names: a compiled config and the order in which its tiles are walked (a launch argument)."""
 
     config: KernelConfig
-    raster: int = 1  # feature tiles walked together before the next token tile; 1 = feature tile by feature tile
+    raster: int = 1  # feature tiles walked together before the next token tile; 1 = one by one. A power of two
 
     @property
     def key(self) -> str:

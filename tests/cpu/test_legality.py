@@ -11,12 +11,14 @@ from functools import cache
 from itertools import islice
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tables import A100, H100, H200
 
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelConfig, Plan
 from marlin_gen.families import FAMILIES, default_plan
-from marlin_gen.families.base import OPERANDS
+from marlin_gen.families.base import OPERANDS, reciprocal
 from marlin_gen.formats import FORMATS
 from marlin_gen.problem import Problem
 
@@ -165,3 +167,26 @@ def test_groups_that_no_kernel_decodes_are_refused(family, group_size):
         assert row.reject_reason(config, FORMATS["u4b8g32"], arch) is None
         reason = row.reject_reason(config, fmt, arch)
         assert reason == "weight format odd is not in groups of 32 or of a multiple of 64"
+
+
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+@example(1, 2**31 - 1)
+@example(2**31 - 1, 2**31 - 1)
+@example(2**31 - 1, 2**31 - 2)
+@example(3, 2**31 - 2)
+def test_a_reciprocal_divides_exactly(divisor, a):
+    multiplier, shift = reciprocal(divisor)
+    assert -(2**31) <= multiplier < 2**31 and 31 <= shift <= 62  # an int32, and a shift of the 64-bit product
+    assert (a * (multiplier % 2**32)) >> shift == a // divisor
+
+
+@pytest.mark.parametrize("config", [c for c in FAMILIES.rows["wgmma"].defaults(ARCHS["sm_90a"], FORMATS["u4b8g128"])])
+def test_rasters_are_powers_of_two(config):
+    """The kernel shifts by them; a plan with another is walked as with the next."""
+    family = FAMILIES.rows["wgmma"]
+    for n, m in ((64, 300), (192, 1000), (448, 4096), (28672, 4096)):
+        problem = Problem(n, config.block_k * 8, m)
+        rasters = family.rasters(config, problem)
+        assert rasters and all(r & (r - 1) == 0 for r in rasters)
+        shapes = [family.launch_shape(Plan(config, r), problem, 132, 132) for r in (3, 4)]
+        assert shapes[0] == shapes[1]
