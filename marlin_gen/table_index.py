@@ -17,6 +17,8 @@ from marlin_gen.table_row import TableRow
 
 MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better guide than another shape's winner
 MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
+CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
+POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
 
 
 class Shape(NamedTuple):
@@ -60,13 +62,24 @@ class TableIndex:
 
     def nearest(self, problem: Problem, gpu: Gpu) -> list[TableRow]:
         """At most ``MAX_NEAREST`` rows of other shapes, in the order of step 3."""
+        return [row for _, row in self._by_distance(problem, gpu)[:MAX_NEAREST]]
+
+    def beats_default(self, problem: Problem, gpu: Gpu) -> TableRow | None:
+        """The nearest row if it is ``CLOSE``, and the default lost more there than ``POOR_DEFAULT`` allows."""
+        for near, row in self._by_distance(problem, gpu)[:1]:
+            if near <= CLOSE and row.default_us:
+                return row if math.log(row.default_us) - math.log(row.us) > math.log(POOR_DEFAULT) else None
+        return None
+
+    def _by_distance(self, problem: Problem, gpu: Gpu) -> list[tuple[float, TableRow]]:
+        """A row of each other shape within ``MAX_DISTANCE``, nearest first."""
         found = []
         for shape in self.shapes:
             if shape[2:] == (problem.weight_format, problem.act_dtype) and shape != shape_of(problem):
                 row = next((row for row in self.exact(shape, problem.m) if not rejected(row.plan, problem)), None)
                 if row and (d := distance(problem, row, gpu.num_sms)) <= MAX_DISTANCE:
                     found.append((d, row.problem, row))
-        return [row for _, _, row in sorted(found, key=lambda entry: entry[:2])[:MAX_NEAREST]]
+        return [(d, row) for d, _, row in sorted(found, key=lambda entry: entry[:2])]
 
 
 def shape_of(problem: Problem) -> Shape:

@@ -17,7 +17,7 @@ from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables
 from marlin_gen.families import FAMILIES
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
-from marlin_gen.table_index import MAX_DISTANCE, distance, wave_fill
+from marlin_gen.table_index import MAX_DISTANCE, POOR_DEFAULT, distance, wave_fill
 
 M1, M16, M64 = mma(32), wgmma(16), wgmma(64)
 
@@ -93,6 +93,18 @@ def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_goo
     origins = [origin for origin, _ in plans(UNSEEN, *found)]
     assert origins[0] == first and {"default", "nearest"} <= set(origins)
     assert plans(Problem(4096, 4096, 1), *found)[0] == ("exact", M1)
+
+
+@pytest.mark.parametrize(
+    ("n", "above", "first"), [(4096, 0.01, "nearest"), (4096, -0.01, "default"), (16384, 0.01, "default")]
+)
+def test_a_row_close_by_says_whether_the_default_is_good_there(n, above, first, tmp_path):
+    """Within an octave; the rows of other shapes, far off, keep the mean low."""
+    close = replace(row(n, 4096, 1, M1, default=NEAREST_DEFAULT), default_us=10.0 * (POOR_DEFAULT + above))
+    far = [replace(row(64 << i, 512, 1, M1, default=NEAREST_DEFAULT), default_us=10.0) for i in range(4)]
+    found = plans(UNSEEN, tables.table(tmp_path, [close, *far]))
+    assert found[0][0] == first
+    assert ("default", NEAREST_DEFAULT) in found and ("nearest", M1) in found
 
 
 def test_times_of_any_size_can_be_compared():
