@@ -1,11 +1,13 @@
-"""First timings and finals: how often a graph is replayed, and when the card may rest. The graphs are made up."""
+"""First timings, finals, yardsticks: how often a graph is replayed, and when the card rests. The graphs are made up."""
 
 from __future__ import annotations
 
 import pytest
-from tables import mma
+from tables import H100, mma
 
 from marlin_gen import timing
+from marlin_gen.baselines import Baselines
+from marlin_gen.measurement import Baseline
 from marlin_gen.problem import Problem
 from marlin_gen.timing import REST_FROM_M, RESTED_SCREEN_REPLAYS, SCREEN_REPLAYS, Bench, interleaved
 
@@ -34,7 +36,7 @@ def bench_of(graph: Played) -> Bench:
     bench = object.__new__(Bench)  # no device
     bench._best = {}
     bench.check = lambda *_: (2e-4, None)
-    bench.graph = lambda *_: graph
+    bench.graph = lambda *_, **__: graph
     return bench
 
 
@@ -63,3 +65,23 @@ def test_interleaved_replays_warm_up_and_leave_failures_out(slept):
     found = interleaved(graphs, 3, rest=True)
     assert [spread and spread.us for spread in found] == [5.0, None, 7.0]
     assert [graph.replays for graph in graphs if graph] == [4, 4] and len(slept) == 8
+
+
+def test_a_weight_is_read_once_where_only_yardsticks_are_asked_for(slept):
+    """Its time does not depend on the tokens. Beside kernels it is read again, in the same rounds as they."""
+    baselines = object.__new__(Baselines)  # no device
+    baselines._bench, baselines._gpu, baselines._floors = bench_of(Played(10.0)), H100, {}
+    baselines._bench.shape = lambda problem: problem
+    baselines.cublas_graph = lambda problem: Played(50.0 + problem.m)
+    reads = []
+
+    def read_graphs(problem, calls):
+        reads.append(problem)
+        return [Played(us + len(reads)) for us in (5.0, 4.0, 6.0)]
+
+    baselines._read_graphs = read_graphs
+    one, two, other = Problem(4096, 4096, 1), Problem(4096, 4096, 2), Problem(8192, 4096, 1)
+    found = [baselines.compare(problem)[1] for problem in (one, two, other)]
+    assert found == [Baseline(one, 5.0, 51.0), Baseline(two, 5.0, 52.0), Baseline(other, 6.0, 51.0)]
+    rows, beside = baselines.compare(two, [(None, mma())])
+    assert beside == Baseline(two, 7.0, 52.0) and [row.us for row in rows] == [10.0] and reads == [one, other, two]
