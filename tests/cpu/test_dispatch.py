@@ -50,6 +50,27 @@ def test_candidates_go_on_upwards_then_downwards_then_to_defaults():
     assert len({plan for _, plan in found}) == len(found), "no plan twice"
 
 
+@pytest.mark.parametrize(
+    ("m", "expected"),
+    [(1, "exact"), (2, "default"), (8, "default"), (9, "exact"), (16, "exact"), (17, "default"), (512, "default")],
+)
+def test_a_row_far_from_the_tokens_asked_for_comes_after_the_defaults_that_are_ready(m, expected, tmp_path):
+    problem = Problem(5120, 4096, m)
+    default = next(Dispatcher(H100, []).choose(problem)).plan
+    rows = [row(5120, 4096, 1, M1, default=default), row(5120, 4096, 16, M16)]
+    found = plans(problem, tables.table(tmp_path, rows))
+    assert found[0][0] == expected and (expected == "exact" or found[0][1] == default)
+    assert {("exact", M1), ("exact", M16)} <= set(found)
+
+
+def test_a_row_of_many_tokens_speaks_for_any_more(tmp_path):
+    problem = Problem(5120, 4096, 100_000)
+    default = next(Dispatcher(H100, []).choose(problem)).plan
+    many = wgmma(128)
+    table = tables.table(tmp_path, [row(5120, 4096, 512, many, default=default)])
+    assert default != many and plans(problem, table)[0] == ("exact", many)
+
+
 def test_a_rejected_plan_is_skipped():
     wide = wgmma(64, block_k=256)
     problem = Problem(4096, 4096 + 128, 8)
