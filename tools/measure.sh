@@ -1,7 +1,7 @@
 #!/bin/sh
 # Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
 #   tools/measure.sh [FOLDER [STAGE...]]
-# Stages, in order: tune formats bench tests cliffs regret chain sustained overhead model soak results. About an hour on 16
+# Stages, in order: tune formats bench models tests cliffs regret chain sustained overhead model soak results. About an hour on 16
 # cores and an H100, of which formats and soak (SOAK_SECONDS) are ten minutes each; a stage can be run again by itself. What
 # each file means is in the tool that writes it. "model" needs the extra hf.
 set -eu
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=.
 tables=${1:-tuned}
 [ $# -gt 0 ] && shift
-all="tune formats bench tests cliffs regret chain sustained overhead model soak results"
+all="tune formats bench models tests cliffs regret chain sustained overhead model soak results"
 stages=${*:-$all}
 work="--model llama-3.1-8b --shapes 8192x8192,28672x8192"
 unseen=$(mktemp -d)
@@ -17,7 +17,7 @@ trap 'rm -rf "$unseen"' EXIT
 
 for stage in $stages; do
   case $stage in
-    tune | formats | bench | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
+    tune | formats | bench | models | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
     *) echo "unknown stage '$stage'; known: $all" >&2; exit 2 ;;
   esac
 done
@@ -34,6 +34,10 @@ for stage in $stages; do
       python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128 --budget 8m --out "$tables" --record
       ;;
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --csv "$table/bench.csv" ;;
+    models) # Layers of models that nothing was tuned for, at the token count of the report's picture.
+      MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --model llama-3.2-3b,qwen2.5-7b,qwen3-14b,mistral-small-24b,gemma-3-27b,llama-3.1-70b \
+        --tokens 16 --csv "$table/models.csv"
+      ;;
     tests) MARLIN_GEN_TABLE="$table" python3 -m pytest -q tests/gpu ;;
     cliffs) python3 tools/offgrid.py cliffs --table "$table" --csv "$table/cliffs.csv" ;;
     regret) # 2.5 minutes. The search begins with defaults and the table's own winners; regret.csv says how many it tried.

@@ -19,6 +19,8 @@ DTYPE_HELP = f"Activation types, of {', '.join(DTYPES)}."
 ONLY_FORMATS_HELP = "Only these weight formats."
 ONLY_DTYPES_HELP = "Only these activation types."
 
+MODEL_HELP = "Presets, or paths to a Hugging Face config.json, as llama-3.1-8b,qwen2.5-7b."
+
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -73,19 +75,23 @@ def work(
     format_words: str = DEFAULT_FORMAT,
     dtype_words: str = DEFAULT_DTYPE,
 ) -> Work:
-    """The layers of ``model`` and the listed ``shapes``, each n x k once, at every token count and in every format."""
+    """The layers of the listed ``model``s and ``shapes``, each n x k once, at every token count and in every format."""
     formats, dtypes = names("--format", format_words), names("--dtype", dtype_words)
     # The largest groups are the hardest to divide k by: what fits them fits all.
     strictest = max(formats, key=lambda name: weight_format(name).group_size)
     if not model and not shapes:
         raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")
-    layers = list(model_shapes(model, ranks(tp), strictest)) if model else []
-    known = {(layer.n, layer.k) for layer in layers}
-    for word in (shapes or "").split(","):
-        if word.strip() and (size := parse_shape(word, strictest)) not in known:
-            known.add(size)
-            layers.append(LayerShape("", *size))
-    return Work(tuple(layers), token_counts(tokens), formats, dtypes)
+    asked = [
+        layer
+        for name in (model or "").split(",")
+        if name.strip()
+        for layer in model_shapes(name.strip(), ranks(tp), strictest)
+    ]
+    asked += [LayerShape("", *parse_shape(word, strictest)) for word in (shapes or "").split(",") if word.strip()]
+    layers: dict[tuple[int, int], LayerShape] = {}
+    for layer in asked:
+        layers.setdefault((layer.n, layer.k), layer)
+    return Work(tuple(layers.values()), token_counts(tokens), formats, dtypes)
 
 
 def names(option: str, text: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from marlin_gen.sustained import FILE_NAME
 
 
 def bench(
-    model: Annotated[str | None, typer.Option(help="Preset, or path to a Hugging Face config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help=arguments.MODEL_HELP)] = None,
     shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096.")] = None,
     tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model.")] = "1",
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,

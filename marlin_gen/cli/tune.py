@@ -29,7 +29,7 @@ TRIALS_HELP = f"Kernels to try per format; {GPU_TRIALS}, a replay {REPLAY_TRIALS
 
 
 def tune(
-    model: Annotated[str | None, typer.Option(help="Preset, or path to a Hugging Face config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help=arguments.MODEL_HELP)] = None,
     shapes: Annotated[str | None, typer.Option(help="n x k, as 4096x4096,6144x4096; besides --model's.")] = None,
     tp: Annotated[str, typer.Option(help="Tensor-parallel degrees of --model, as 1,2,4.")] = "1",
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,

@@ -17,6 +17,7 @@ from marlin_gen.table import FILE_NAME as TABLE_FILE
 from marlin_gen.table import DispatchTable
 
 BENCH_FILE = "bench.csv"
+MODELS_FILE = "models.csv"  # a bench of other models' layers: what look-ups give where nothing was tuned
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class GpuData:
 
     table: DispatchTable
     cells: tuple[Cell, ...]  # sorted by n, k, m
+    models: tuple[BenchRow, ...]  # of MODELS_FILE
     recording: Recording | None
     sustained: tuple[SustainedRow, ...]  # run by run, in order of time
     sources: str  # the files that the pictures of the bench come from, with their hashes
@@ -74,11 +76,12 @@ def load_gpu(folder: Path) -> GpuData | None:
     table = DispatchTable.load(folder)
     if table is None:
         return None
-    files = [folder / name for name in (BENCH_FILE, RECORDING_FILE, sustained.FILE_NAME)]
-    bench_csv, recording, sustained_csv = (path if path.exists() else None for path in files)
+    files = [folder / name for name in (BENCH_FILE, MODELS_FILE, RECORDING_FILE, sustained.FILE_NAME)]
+    bench_csv, models_csv, recording, sustained_csv = (path if path.exists() else None for path in files)
     return GpuData(
         table,
         _cells(table, bench.read_csv(bench_csv)) if bench_csv else (),
+        tuple(bench.read_csv(models_csv)) if models_csv else (),
         load_recording(recording) if recording else None,
         tuple(sustained.read_csv(sustained_csv)) if sustained_csv else (),
         sources(folder),

@@ -73,7 +73,8 @@ def _block_caption() -> str:
     return (
         f"Sums of the times of the four linear layers of one decoder layer on one GPU at m = {BLOCK_TOKENS}, each as"
         " benched by itself; attention and everything between is left out. Models whose layers have the same sizes"
-        " share a pair of bars; those with a layer that the bench lacks are not shown."
+        " share a pair of bars; those with a layer that neither bench.csv nor models.csv has are not shown. What only"
+        " the latter has was not tuned: it runs on what the look-up gives."
     )
 
 

@@ -116,6 +116,15 @@ def test_model_and_shapes_add_up_without_repeats():
     assert len(work.problems) == 10
 
 
+def test_several_models_add_up_in_their_order():
+    both = arguments.work("llama-3.1-8b, qwen2.5-7b", None, "1", "16").layers
+    alone = [arguments.work(name, None, "1", "16").layers for name in ("llama-3.1-8b", "qwen2.5-7b", "mistral-7b")]
+    assert both == alone[0] + alone[1]
+    assert arguments.work("llama-3.1-8b,mistral-7b", None, "1", "16").layers == alone[0] and alone[0] == alone[2]
+    with pytest.raises(ValueError, match=r"qwen2\.5-7bb.*did you mean qwen2\.5-7b"):
+        arguments.work("llama-3.1-8b,qwen2.5-7bb", None, "1", "16")
+
+
 # Commands.
 
 
