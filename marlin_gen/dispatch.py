@@ -7,9 +7,9 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    the larger ones upwards, then the smaller ones downwards. First tables measured on a GPU of the same class, then
    *related* ones (same compute capability and SM count, other memory bandwidth). Tables of one kind are searched as
    one, an earlier table's row hiding a later one's of the same problem: the table that MARLIN_GEN_TABLE names, else
-   the user's own, then the shipped ones. Rows of twice as many tokens and more, or of fewer (unless of 512 and more),
-   come after the defaults that lie ready: a plan for 16 tokens is none for a prefill. (An H100's table cut down to
-   m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.)
+   the user's own, then the shipped ones. Rows of twice as many tokens and more, or of fewer, come after the defaults
+   that lie ready, unless both are 512 and more: a plan for 16 tokens is none for a prefill. (An H100's table cut down
+   to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.)
 3. *Nearest shape*: the same choice of m at the other shapes, nearest first, where
 
        distance = |log2(n / n')| + |log2(k / k')| + max(0, log2(fill' / fill))

@@ -18,7 +18,7 @@ from marlin_gen.table_row import TableRow
 MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better guide than another shape's winner
 MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
 NEAR_TOKENS = 2  # a row of the same shape speaks for as many tokens, and for fewer down to a half of them
-MANY_TOKENS = 512  # from here on more of them are more of the same: such a row speaks for any more
+MANY_TOKENS = 512  # from here on more of them are more of the same: such rows speak for one another
 CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
 POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
 
@@ -86,7 +86,7 @@ class TableIndex:
 
 def speaks_for(row: TableRow, m: int) -> bool:
     """Whether the plan that won at a row of the same shape may be trusted with ``m`` tokens."""
-    return m <= row.problem.m < NEAR_TOKENS * m or MANY_TOKENS <= row.problem.m < m
+    return m <= row.problem.m < NEAR_TOKENS * m or min(m, row.problem.m) >= MANY_TOKENS
 
 
 def shape_of(problem: Problem) -> Shape:

@@ -63,12 +63,13 @@ def test_a_row_far_from_the_tokens_asked_for_comes_after_the_defaults_that_are_r
     assert {("exact", M1), ("exact", M16)} <= set(found)
 
 
-def test_a_row_of_many_tokens_speaks_for_any_more(tmp_path):
-    problem = Problem(5120, 4096, 100_000)
+@pytest.mark.parametrize(("m", "expected"), [(511, "default"), (512, "exact"), (600, "exact"), (100_000, "exact")])
+def test_rows_of_many_tokens_speak_for_one_another(m, expected, tmp_path):
+    problem = Problem(5120, 4096, m)
     default = next(Dispatcher(H100, []).choose(problem)).plan
     many = wgmma(128)
-    table = tables.table(tmp_path, [row(5120, 4096, 512, many, default=default)])
-    assert default != many and plans(problem, table)[0] == ("exact", many)
+    table = tables.table(tmp_path, [row(5120, 4096, 2048, many, default=default)])
+    assert default != many and plans(problem, table)[0] == (expected, many if expected == "exact" else default)
 
 
 def test_a_rejected_plan_is_skipped():
