@@ -10,7 +10,8 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    the user's own, then the shipped ones. Rows of twice as many tokens and more, or of fewer, come after the defaults
    that lie ready, unless both are 512 and more: a plan for 16 tokens is none for a prefill. (An H100's table cut down
    to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.)
-3. *Nearest shape*: the same choice of m at the other shapes, nearest first, where
+3. *Nearest shape*: the same choice of m at the other shapes, nearest first, rows far from the tokens asked for last
+   again, where
 
        distance = |log2(n / n')| + |log2(k / k')| + max(0, log2(fill' / fill))
 
@@ -21,8 +22,9 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
    (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.4 %, 1.13.) But where
-   the nearest row is within an octave, and the default lost more than 6 % there, that row comes first: each shape left
-   out of its own table in turn, 1.6 % from the best on an H200 instead of 3.0 %, 1.9 % on an H100 with or without.
+   the nearest row is within an octave, is not far in tokens, and the default lost more than 6 % there, that row comes
+   first: each shape left out of its own table in turn, 1.6 % from the best on an H200 instead of 3.0 %, 1.9 % on an
+   H100 with or without.
 5. ``families.ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
@@ -46,6 +48,7 @@ from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_index import TableIndex, rejected, shape_of, speaks_for
+from marlin_gen.table_row import TableRow
 
 GOOD_DEFAULTS = 1.08
 
@@ -111,37 +114,42 @@ class Dispatcher:
         """Origin, plan, and whether it counts only where its kernel lies ready; in the order of the rule."""
         if self.forced:
             yield "forced", self.forced, False
-        shape, m = shape_of(problem), problem.m
-        exact = [(f"{mark}exact", row) for mark, index in self._indices for row in index.exact(shape, m)]
-        for origin, row in exact:
-            if speaks_for(row, m):
-                yield origin, row.plan, False
-        if exact:
-            for plan in self._defaults(problem):
-                yield "default", plan, True
-        for origin, row in exact:
-            if not speaks_for(row, m):
-                yield origin, row.plan, False
+        exact = [
+            (f"{mark}exact", row)
+            for mark, index in self._indices
+            for row in index.exact(shape_of(problem), problem.m)
+        ]
+        yield from self._rows(problem, exact)
         kind = problem.weight_format, problem.act_dtype
         own = self._indices[0][1]
         if own.default_loss.get(kind, math.inf) <= math.log(GOOD_DEFAULTS):
             if better := own.beats_default(problem, self.gpu):
                 yield "nearest", better.plan, True
-            for plan in self._defaults(problem):
-                yield "default", plan, True
-        for mark, index in self._indices:
-            for row in index.nearest(problem, self.gpu):
-                yield f"{mark}nearest", row.plan, False
-        for plan in self._defaults(problem):
-            yield "default", plan, False
+            yield from self._defaults(problem, must_be_ready=True)
+        nearest = [
+            (f"{mark}nearest", row) for mark, index in self._indices for row in index.nearest(problem, self.gpu)
+        ]
+        yield from self._rows(problem, nearest)
+        yield from self._defaults(problem, must_be_ready=False)
 
-    def _defaults(self, problem: Problem) -> Iterator[Plan]:
+    def _rows(self, problem: Problem, rows: Sequence[tuple[str, TableRow]]) -> Iterator[tuple[str, Plan, bool]]:
+        """Those that speak for the problem's tokens; before any that do not, the defaults that lie ready."""
+        silent = [(origin, row) for origin, row in rows if not speaks_for(row, problem.m)]
+        for origin, row in rows:
+            if speaks_for(row, problem.m):
+                yield origin, row.plan, False
+        if silent:
+            yield from self._defaults(problem, must_be_ready=True)
+        for origin, row in silent:
+            yield origin, row.plan, False
+
+    def _defaults(self, problem: Problem, must_be_ready: bool) -> Iterator[tuple[str, Plan, bool]]:
         fmt = weight_format(problem.weight_format)
         defaults = [default_plan(problem, self.gpu)]
         defaults += [family.default(problem, self.gpu) for family in FAMILIES.rows.values()]
         for plan in defaults:
             if FAMILIES.of(plan.config).reject_reason(plan.config, fmt, self.arch) is None:
-                yield plan
+                yield "default", plan, must_be_ready
 
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
         """The first table's intact cubin of ``spec``, else what ships as PTX."""

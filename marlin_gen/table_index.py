@@ -17,7 +17,7 @@ from marlin_gen.table_row import TableRow
 
 MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better guide than another shape's winner
 MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
-NEAR_TOKENS = 2  # a row of the same shape speaks for as many tokens, and for fewer down to a half of them
+NEAR_TOKENS = 2  # a row speaks for as many tokens, and for fewer down to a half of them
 MANY_TOKENS = 512  # from here on more of them are more of the same: such rows speak for one another
 CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
 POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
@@ -67,9 +67,9 @@ class TableIndex:
         return [row for _, row in self._by_distance(problem, gpu)[:MAX_NEAREST]]
 
     def beats_default(self, problem: Problem, gpu: Gpu) -> TableRow | None:
-        """The nearest row if it is ``CLOSE``, and the default lost more there than ``POOR_DEFAULT`` allows."""
+        """The nearest row if it is ``CLOSE``, speaks for the tokens, and has a ``POOR_DEFAULT``."""
         for near, row in self._by_distance(problem, gpu)[:1]:
-            if near <= CLOSE and row.default_us:
+            if near <= CLOSE and row.default_us and speaks_for(row, problem.m):
                 return row if math.log(row.default_us) - math.log(row.us) > math.log(POOR_DEFAULT) else None
         return None
 
@@ -85,7 +85,7 @@ class TableIndex:
 
 
 def speaks_for(row: TableRow, m: int) -> bool:
-    """Whether the plan that won at a row of the same shape may be trusted with ``m`` tokens."""
+    """Whether the plan that won at this row may be trusted with ``m`` tokens."""
     return m <= row.problem.m < NEAR_TOKENS * m or min(m, row.problem.m) >= MANY_TOKENS
 
 

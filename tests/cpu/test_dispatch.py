@@ -129,6 +129,18 @@ def test_a_row_close_by_says_whether_the_default_is_good_there(n, above, first, 
     assert ("default", NEAREST_DEFAULT) in found and ("nearest", M1) in found
 
 
+@pytest.mark.parametrize("loss", [(POOR_DEFAULT + GOOD_DEFAULTS) / 2, GOOD_DEFAULTS + 0.02])
+def test_a_row_close_by_but_far_in_tokens_comes_after_the_defaults_that_are_ready(loss, tmp_path):
+    """Whether defaults are good in the mean or not: a plan for 16 tokens is none for 4096 of another shape either."""
+    problem = Problem(5120, 4096, 4096)
+    default = next(Dispatcher(H100, []).choose(problem)).plan
+    close = replace(row(4096, 4096, 16, M16, default=default), default_us=10.0 * loss)
+    found = plans(problem, tables.table(tmp_path, [close]))
+    assert found[0] == ("default", default) and ("nearest", M16) in found
+    near = replace(problem, m=16)
+    assert plans(near, tables.table(tmp_path / "near", [close]))[0][0] == "nearest"
+
+
 def test_times_of_any_size_can_be_compared():
     """A table is anybody's: the ratio of two times that it states need not be a float."""
 
