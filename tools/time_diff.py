@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from marlin_gen import csv_rows
 from marlin_gen.bench import REGIMES, geomean
 from marlin_gen.cli import gpus
+from marlin_gen.cli.arguments import token_counts
 from marlin_gen.cli.console import note, out
 from marlin_gen.cli.progress import cells_progress
 from marlin_gen.cli.root import USER_ERRORS
@@ -47,10 +48,6 @@ class Change:
     ratio: float  # below 1.0 the change gains
 
 
-def spec_of(row: TableRow, arch: str) -> KernelSpec:
-    return KernelSpec(row.plan.config, row.problem.weight_format, row.problem.act_dtype, arch)
-
-
 def kernels_of(table: DispatchTable, specs: Iterable[KernelSpec], scratch: Path) -> dict[KernelSpec, Artifact]:
     """Those of ``specs`` that lie in the table, intact."""
     scratch.mkdir()
@@ -66,14 +63,14 @@ def changes(
     measurer: Measurer, before: DispatchTable, after: DispatchTable, rows: Sequence[TableRow], scratch: Path
 ) -> Iterator[Change | None]:
     """For each of ``rows`` whose kernel both tables have what it took, or None where one of the two failed."""
-    arch = measurer.gpu.arch.name
-    specs = dict.fromkeys(spec_of(row, arch) for row in rows)
+    asked = [(row, row.specs(measurer.gpu)[0]) for row in rows]
+    specs = dict.fromkeys(spec for _, spec in asked)
     old, new = (kernels_of(table, specs, scratch / name) for name, table in (("before", before), ("after", after)))
-    both = [row for row in rows if spec_of(row, arch) in old.keys() & new.keys()]
+    both = [(row, spec) for row, spec in asked if spec in old and spec in new]
     note(f"{len(both)} of {len(rows)} rows have a kernel in both tables")
     with cells_progress(len(both), "change") as advance:
-        for row in both:
-            p, spec = row.problem, spec_of(row, arch)
+        for row, spec in both:
+            p = row.problem
             one, other = measurer.finals(p, [(old[spec], row.plan), (new[spec], row.plan)])
             if one.us and other.us:
                 ratio = other.us / one.us
@@ -107,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         before, after = (DispatchTable.load(folder) for folder in (options.before, options.after))
         if not before or not after:
             raise ValueError(f"no usable {FILE_NAME} in {options.after if before else options.before}")
-        wanted = set(map(int, options.tokens.split(","))) if options.tokens else None
+        wanted = token_counts(options.tokens) if options.tokens else None
         rows = [row for row in after.rows if wanted is None or row.problem.m in wanted]
         if not rows:
             raise ValueError(f"no row of {options.after} has --tokens {options.tokens}")

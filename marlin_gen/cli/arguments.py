@@ -18,7 +18,6 @@ FORMAT_HELP = f"Weight formats, of {', '.join(FORMATS)}."
 DTYPE_HELP = f"Activation types, of {', '.join(DTYPES)}."
 ONLY_FORMATS_HELP = "Only these weight formats."
 ONLY_DTYPES_HELP = "Only these activation types."
-
 MODEL_HELP = "Presets, or paths to a Hugging Face config.json, as llama-3.1-8b,qwen2.5-7b."
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -79,8 +78,6 @@ def work(
     formats, dtypes = names("--format", format_words), names("--dtype", dtype_words)
     # The largest groups are the hardest to divide k by: what fits them fits all.
     strictest = max(formats, key=lambda name: weight_format(name).group_size)
-    if not model and not shapes:
-        raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")
     asked = [
         layer
         for name in (model or "").split(",")
@@ -88,6 +85,8 @@ def work(
         for layer in model_shapes(name.strip(), ranks(tp), strictest)
     ]
     asked += [LayerShape("", *parse_shape(word, strictest)) for word in (shapes or "").split(",") if word.strip()]
+    if not asked:
+        raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")
     layers: dict[tuple[int, int], LayerShape] = {}
     for layer in asked:
         layers.setdefault((layer.n, layer.k), layer)

@@ -54,6 +54,11 @@ class GpuData:
         return attainable_tflops(self.table.gpu)
 
     @property
+    def benched(self) -> list[BenchRow]:
+        """Every row of both benches; where they share a problem that of ``cells``, which was tuned."""
+        return list({row.problem: row for row in (*self.models, *(cell.bench for cell in self.cells))}.values())
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """(n, k) of the bench, smallest matrix first."""
         return sorted({(cell.bench.n, cell.bench.k) for cell in self.cells}, key=lambda s: (s[0] * s[1], s))

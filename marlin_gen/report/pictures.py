@@ -124,7 +124,7 @@ def speedup(data: GpuData) -> Figure | None:
 
 def block(data: GpuData) -> Figure | None:
     """Stacked times of a transformer block's linear layers, fp16 beside ours."""
-    blocks = transformer_blocks([*data.models, *(cell.bench for cell in data.cells)])
+    blocks = transformer_blocks(data.benched)
     if not blocks:
         return None
     figure, axes = _axes(6.4, 1.3 + 0.95 * len(blocks))

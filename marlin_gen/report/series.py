@@ -60,7 +60,7 @@ class Block:
 
 def transformer_blocks(rows: Sequence[BenchRow], m: int = BLOCK_TOKENS) -> list[Block]:
     """One ``Block`` per preset (on one GPU) whose four layers are all among ``rows`` at ``m``, quickest first."""
-    measured = {(row.n, row.k): row for row in rows if row.m == m}  # of two, the later
+    measured = {(row.n, row.k): row for row in rows if row.m == m}
     models: dict[tuple[LayerShape, ...], list[str]] = {}
     for model, config in presets().items():
         if "shapes" in config:  # a list of matrices, not a transformer

@@ -121,6 +121,9 @@ def test_several_models_add_up_in_their_order():
     alone = [arguments.work(name, None, "1", "16").layers for name in ("llama-3.1-8b", "qwen2.5-7b", "mistral-7b")]
     assert both == alone[0] + alone[1]
     assert arguments.work("llama-3.1-8b,mistral-7b", None, "1", "16").layers == alone[0] and alone[0] == alone[2]
+    for nothing in ((None, None), (",", None), (None, " , ")):
+        with pytest.raises(ValueError, match="nothing to do"):
+            arguments.work(*nothing, "1", "16")
     with pytest.raises(ValueError, match=r"qwen2\.5-7bb.*did you mean qwen2\.5-7b"):
         arguments.work("llama-3.1-8b,qwen2.5-7bb", None, "1", "16")
 

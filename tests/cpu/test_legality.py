@@ -180,7 +180,7 @@ def test_a_reciprocal_divides_exactly(divisor, a):
     assert (a * (multiplier % 2**32)) >> shift == a // divisor
 
 
-@pytest.mark.parametrize("config", [c for c in FAMILIES.rows["wgmma"].defaults(ARCHS["sm_90a"], FORMATS["u4b8g128"])])
+@pytest.mark.parametrize("config", FAMILIES.rows["wgmma"].defaults(ARCHS["sm_90a"], FORMATS["u4b8g128"]))
 def test_rasters_are_powers_of_two(config):
     """The kernel shifts by them; a plan with another is walked as with the next."""
     family = FAMILIES.rows["wgmma"]
