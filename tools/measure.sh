@@ -6,7 +6,7 @@
 # each file means is in the tool that writes it. "model" needs the extra hf.
 set -eu
 cd "$(dirname "$0")/.."
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 tables=${1:-tuned}
 [ $# -gt 0 ] && shift
 all="tune formats bench models tests cliffs regret chain sustained overhead model soak results"

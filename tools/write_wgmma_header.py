@@ -17,9 +17,9 @@ TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 2
 PREAMBLE = """\
 // wgmma.mma_async with the A operand in registers (sm_90a). Written by tools/write_wgmma_header.py: do not edit.
 //
-// D[64 rows, kN columns] += A[64, 16] * B[16, kN]: fp16 or bf16 operands, fp32 sums. Warp w of the warpgroup holds rows
-// 16 w .. 16 w + 15 in the lane map of mma.sync m16n8k16; B lies in shared memory as kN rows of 128 bytes (64 k) with a
-// 128-byte swizzle.
+// D[64 rows, kN columns] += A[64, 16] * B[16, kN], without kAdds D = A * B: fp16 or bf16 operands, fp32 sums. Warp w
+// of the warpgroup holds rows 16 w .. 16 w + 15 in the lane map of mma.sync m16n8k16; B lies in shared memory as kN
+// rows of 128 bytes (64 k) with a 128-byte swizzle.
 #pragma once
 #include "marlin_gen/types.cuh"
 
@@ -81,13 +81,14 @@ def instruction(kind: str, tokens: int) -> str:
     return f"""
 template <>
 struct WgmmaM64K16<{str(kind == 'bf16').lower()}, {tokens}> {{
+  template <bool kAdds = true>
   __device__ static __forceinline__ void mma(float (&d)[{count}], u32 const (&a)[4], u64 b) {{
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{"
 {listed}
-        "}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"
+        "}}, {{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, %{count + 5}, 1, 1, 0;"
         : {outputs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds));
   }}
 }};
 """

@@ -16,6 +16,7 @@ MAX_CONSUMERS = 4  # warpgroups; more leave each too few registers
 TOKEN_TILES = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # written out in ptx/wgmma.cuh
 SLAB_K = 64  # k of one 128-byte swizzled row of activations, and of one packed weight tile
 ADDRESS_REGISTERS = 38  # beside sums and fragments: addresses, loop counters, barriers (seen in ptxas reports)
+DEFERRED_ADDRESS_REGISTERS = 20  # as it compiles without spills
 OPERANDS = ("a_map", "a_tail_map", "c_map", "weight", "scales", "bias", "partials", "locks")
 
 
@@ -60,7 +61,7 @@ class WgmmaFamily:
             "blocks_per_sm": (1, 2, 3),
             "cluster_size": (1, 2, 4),
             "partition": ("tiles", "clusterk", "striped"),
-            "dequant": ("exact",),
+            "dequant": ("exact", "deferred"),
             "a_stages": (0, 2, 3, 4, 6, 8),
         }
 
@@ -78,8 +79,11 @@ class WgmmaFamily:
             return f"block_k={c.block_k} is not 64, 128 or 256"
         if reason := reject_format(fmt):
             return reason
-        if c.dequant != "exact":
-            return "dequant=deferred needs each token's sum of activations in every warpgroup: as many wgmmas again"
+        if c.dequant == "deferred" and (fmt.group_size % SLAB_K or fmt.offset not in ("constant", "zeros")):
+            return (
+                f"dequant=deferred scales sums of whole numbers, of {SLAB_K} k and more; {fmt.name} has finer"
+                " groups, or offsets with fractions"
+            )
         if (c.cluster_size > 1) != (c.partition == "clusterk"):
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):
@@ -101,7 +105,12 @@ class WgmmaFamily:
             return (
                 f"{c.blocks_per_sm} blocks of {self.threads(c)} threads are more than {arch.max_threads_per_sm} per SM"
             )
-        needed = c.block_m // 2 + c.block_k // 2 + ADDRESS_REGISTERS
+        needed = c.block_m // 2 + c.block_k // 2
+        if c.dequant == "deferred":  # the sums of each group of a stage, and two stages' scales
+            groups = -(-c.block_k // fmt.group_size)
+            needed += groups * (c.block_m // 2 + 4) + DEFERRED_ADDRESS_REGISTERS
+        else:
+            needed += ADDRESS_REGISTERS
         if needed > self.consumer_registers(c, arch):
             return f"about {needed} registers are needed, a consumer has {self.consumer_registers(c, arch)}"
         return None

@@ -47,6 +47,7 @@ ROW_TILES = "wgmma-m24n128k128-w8x1-s2-b1-c1-tiles-exact"
 SPLITS_3 = "wgmma-m8n64k64-w4x3-s6-b1-c1-tiles-exact"
 CLUSTER_2 = "wgmma-m16n64k128-w4x1-s2-b1-c2-clusterk-exact"
 STRIPED = "wgmma-m16n64k64-w4x1-s3-b1-c1-striped-exact"
+DEFERRED = "wgmma-m16n64k256-w4x1-s2-b1-c1-tiles-deferred"
 CASES = (
     # Rings that wrap in the middle of a tile, blocks with several tiles, a last token tile that is not full.
     # In the last run four token tiles, seven feature tiles walked four at a time: the last group is narrow.
@@ -71,6 +72,10 @@ CASES = (
     ),
     # Stripes of what fills no wave, then whole tiles: twelve tiles on five blocks, on two, on one.
     Case(STRIPED, (((50, 192, 384), 5, 2, 2), ((50, 192, 256), 2, 1, 1), ((20, 128, 256), 1, 1, 1))),
+    # Deferred: two groups a stage, half a group a stage, with two rings and with warpgroups along k.
+    Case(DEFERRED, (((20, 128, 768), 2, 1, 1), ((5, 64, 256), 1, 1, 1))),
+    Case("wgmma-m16n128k64-w8x1-s5a2-b1-c1-striped-deferred", (((20, 192, 640), 2, 2, 1),)),
+    Case("wgmma-m16n64k128-w4x2-s4-b1-c2-clusterk-deferred", (((20, 128, 640), 1, 1, 1), ((20, 128, 256), 1, 1, 1))),
     # Two warpgroups along each axis; stripes that end inside a tile, one block at a time.
     Case("wgmma-m16n128k64-w8x2-s4-b1-c1-striped-exact", (((16, 192, 512), 3, 1, 1), ((17, 192, 256), 5, 3, 1))),
 )
@@ -90,10 +95,10 @@ def test_kernel_computes_the_product(case: Case, compiled: Compiled) -> None:
             assert torch.equal(late, other), "the result depends on when copies land or in which order threads run"
 
 
-@pytest.mark.parametrize("key", [TILES, STRIPED])
+@pytest.mark.parametrize("key", [TILES, STRIPED, DEFERRED])
 def test_identity_gives_the_dequantised_weight(key: str, compiled: Compiled) -> None:
-    _, packed, dense = random_problem(1, 128, 128)
-    c = compiled(key)(torch.eye(128, dtype=torch.float16), packed, 5, seed=3, copies="anytime", resident=2)
+    _, packed, dense = random_problem(1, 128, 256)
+    c = compiled(key)(torch.eye(256, dtype=torch.float16), packed, 5, seed=3, copies="anytime", resident=2)
     assert torch.equal(c, dense.half().T)
 
 
@@ -136,6 +141,19 @@ def test_every_kind_of_number(weight_format: str, act_dtype: str, tmp_path: Path
     assert torch.equal(kernel(identity, packed, 3, seed=2, copies="late"), dense.to(dtype).T)
 
 
+@pytest.mark.parametrize("act_dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", ["u4b8g64", "u4zg128", "u8b128g128"])
+def test_whole_numbers_scaled_afterwards(weight_format: str, act_dtype: str, tmp_path: Path) -> None:
+    """Codes less their zero points are exact, in bf16 too, and so is a weight's product with its scale in fp32."""
+    dtype = getattr(torch, DTYPES[act_dtype].torch_name)
+    kernel = EmulatedKernel(KernelConfig.from_key(DEFERRED), tmp_path, weight_format=weight_format, act_dtype=act_dtype)
+    a, packed, dense = random_problem(21, 192, 512, weight_format, dtype)
+    c = kernel(a, packed, 3, seed=1, copies="anytime")
+    assert relative_error(c, a.float() @ dense.T) < (1e-3 if act_dtype == "f16" else 4e-3)
+    identity = torch.eye(512).to(dtype)
+    assert torch.equal(kernel(identity, packed, 3, seed=2, copies="late"), dense.to(dtype).T)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Statements that the kernel contains once, what it may execute instead, and what then must be seen."""
@@ -165,8 +183,8 @@ FAULTS = (
     ),
     Fault(
         "releases the stage it multiplies", TILES,
-        "if (last_stage >= 0) release(barriers.a_empty(last_stage));\n    last_stage = a_stage;",
-        "release(barriers.a_empty(last_stage = a_stage));",
+        "if (last_stage >= 0) release(barriers.a_empty(last_stage));",
+        "release(barriers.a_empty(a_stage));",
         ("B of a wgmma was overwritten", "more arrivals"),
     ),
     Fault(
@@ -200,9 +218,21 @@ FAULTS = (
     ),
     Fault(
         "expects too few bytes", TILES,
-        "ptx::mbarrier_arrive_expect_tx(full, loaded_bytes);",
-        "ptx::mbarrier_arrive_expect_tx(full, loaded_bytes - 16);",
+        "ptx::mbarrier_arrive_expect_tx(full, bytes);",
+        "ptx::mbarrier_arrive_expect_tx(full, bytes - 16);",
         ("deadlock",),
+    ),
+    Fault(
+        "fills a stage that has no barrier yet", TILES, "barriers.init_first();", "", ("mbarrier",),
+    ),
+    Fault(
+        "leaves out an arrival for its other producer", SPLITS_3,
+        "if (kTwoProducers) ptx::mbarrier_arrive(barriers.full(i));", "",
+        ("deadlock",),
+    ),
+    Fault(
+        "scales sums that are not there", DEFERRED, "ptx::wgmma_wait_group<0>();", "",
+        ("B of a wgmma was overwritten", "sums were written", "products under way", WRONG),
     ),
     Fault(
         "stores without a fence", TILES,
@@ -268,6 +298,7 @@ FAULTS = (
 RUNS = {  # (m, n, k), max_clusters
     TILES: ((20, 128, 512), 2),
     TWO_RINGS: ((20, 128, 1024), 2),
+    DEFERRED: ((20, 128, 1024), 2),
     SPLITS_3: ((20, 128, 512), 1),
     CLUSTER_2: ((20, 192, 640), 1),
     STRIPED: ((20, 128, 512), 11),

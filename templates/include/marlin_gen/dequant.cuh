@@ -53,6 +53,16 @@ __device__ __forceinline__ u32 apply(u32 q, u32 scale, u32 offset) {
   return kOffset == Offset::kMinima ? Number::fma(q, scale, offset) : Number::mul(Number::sub(q, offset), scale);
 }
 
+// Weights of fragment values, rows g and g + 8 by turns.
+template <class Number, class Group>
+__device__ __forceinline__ void scale(u32 (&fragment)[4], Group group) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) fragment[i] = Number::mul(fragment[i], i % 2 ? group.scale_g8 : group.scale_g);
+}
+
+// Whether what is subtracted from codes is a whole number, so that the difference is exact.
+constexpr bool is_whole(Offset offset) { return offset == Offset::kConstant || offset == Offset::kZeros; }
+
 template <class Number, int kBits, Offset kOffset>
 struct Decoder;
 
@@ -71,18 +81,28 @@ struct Decoder<F16, 4, kOffset> {
 
   // 13 instructions for 8 weights; with fractions 17.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-    u32 q[4];
-    raw(word, q);
+    if constexpr (is_whole(kOffset)) {
+      centred(word, group, fragment);
+      scale<F16>(fragment, group);
+    } else {
+      u32 q[4];
+      raw(word, q);
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      if constexpr (kOffset == Offset::kConstant || kOffset == Offset::kZeros) {
-        bool constexpr kOwn = kOffset == Offset::kZeros;
-        fragment[i] = F16::mul(F16::sub(q[i], kOwn ? group.offset_g : kCentre), group.scale_g);
-        fragment[i + 1] = F16::mul(F16::fma(q[i + 1], kSixteenth, kOwn ? group.offset_g8 : kMinusHighCentre), group.scale_g8);
-      } else {
+      for (int i = 0; i < 4; i += 2) {
         fragment[i] = apply<F16, kOffset>(F16::sub(q[i], kExponent), group.scale_g, group.offset_g);
         fragment[i + 1] = apply<F16, kOffset>(F16::fma(q[i + 1], kSixteenth, kMinusHigh), group.scale_g8, group.offset_g8);
       }
+    }
+  }
+
+  // fragment[i] = code - zero point: 9 instructions for 8 weights.
+  __device__ static __forceinline__ void centred(u32 const* word, Group group, u32 (&fragment)[4]) {
+    bool constexpr kOwn = kOffset == Offset::kZeros;
+    raw(word, fragment);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      fragment[i] = F16::sub(fragment[i], kOwn ? group.offset_g : kCentre);
+      fragment[i + 1] = F16::fma(fragment[i + 1], kSixteenth, kOwn ? group.offset_g8 : kMinusHighCentre);
     }
   }
 
@@ -108,16 +128,27 @@ struct Decoder<Bf16, 4, kOffset> {
 
   // 15 instructions for 8 weights; with fractions 19.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-    u32 q[4];
-    raw(word, q);
+    if constexpr (is_whole(kOffset)) {
+      centred(word, group, fragment);
+      scale<Bf16>(fragment, group);
+    } else {
+      u32 q[4];
+      raw(word, q);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      u32 const scale = i % 2 ? group.scale_g8 : group.scale_g, offset = i % 2 ? group.offset_g8 : group.offset_g;
-      if constexpr (kOffset == Offset::kConstant || kOffset == Offset::kZeros) {
-        fragment[i] = Bf16::mul(Bf16::add(q[i], kOffset == Offset::kZeros ? offset : kMinusCentre), scale);
-      } else {
+      for (int i = 0; i < 4; ++i) {
+        u32 const scale = i % 2 ? group.scale_g8 : group.scale_g, offset = i % 2 ? group.offset_g8 : group.offset_g;
         fragment[i] = apply<Bf16, kOffset>(Bf16::add(q[i], kMinusExponent), scale, offset);
       }
+    }
+  }
+
+  // fragment[i] = code - zero point: 11 instructions for 8 weights.
+  __device__ static __forceinline__ void centred(u32 const* word, Group group, u32 (&fragment)[4]) {
+    raw(word, fragment);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 const offset = i % 2 ? group.offset_g8 : group.offset_g;
+      fragment[i] = Bf16::add(fragment[i], kOffset == Offset::kZeros ? offset : kMinusCentre);
     }
   }
 
@@ -138,10 +169,15 @@ struct Decoder<F16, 8, Offset::kConstant> {
 
   // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-    u32 q[4];
-    raw(word, q);
+    centred(word, group, fragment);
+    scale<F16>(fragment, group);
+  }
+
+  // fragment[i] = code - 128: 8 instructions for 8 weights.
+  __device__ static __forceinline__ void centred(u32 const* word, Group, u32 (&fragment)[4]) {
+    raw(word, fragment);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = F16::mul(F16::sub(q[i], kCentre), i % 2 ? group.scale_g8 : group.scale_g);
+    for (int i = 0; i < 4; ++i) fragment[i] = F16::sub(fragment[i], kCentre);
   }
 
   // fragment[i] = 1024 + code: 4 instructions for 8 weights.
@@ -165,18 +201,19 @@ struct Decoder<Bf16, 8, Offset::kConstant> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float const scale = Bf16::low(i % 2 ? group.scale_g8 : group.scale_g);
-      fragment[i] = Bf16::pack(centred(word[i / 2], i % 2 * 2) * scale, centred(word[i / 2], i % 2 * 2 + 1) * scale);
+      fragment[i] = Bf16::pack(signed_code(word[i / 2], i % 2 * 2) * scale, signed_code(word[i / 2], i % 2 * 2 + 1) * scale);
     }
   }
 
   // fragment[i] = code - 128: 20 instructions for 8 weights.
   __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = Bf16::pack(centred(word[i / 2], i % 2 * 2), centred(word[i / 2], i % 2 * 2 + 1));
+    for (int i = 0; i < 4; ++i) fragment[i] = Bf16::pack(signed_code(word[i / 2], i % 2 * 2), signed_code(word[i / 2], i % 2 * 2 + 1));
   }
+  __device__ static __forceinline__ void centred(u32 const* word, Group, u32 (&fragment)[4]) { raw(word, fragment); }
 
  private:
-  __device__ static __forceinline__ float centred(u32 word, int byte) {
+  __device__ static __forceinline__ float signed_code(u32 word, int byte) {
     return __uint_as_float(ptx::prmt(word, kExponent, 0x7650 | byte)) - kCentre;
   }
 };

@@ -1,4 +1,4 @@
-// wgmma of one warp. The product is computed when it is issued, into a copy of the sums; until it is waited for, the sums
+// wgmma of one warp. The product is computed when it is issued, into a copy of its sums; until all are waited for, sums
 // are poisoned and neither the A registers nor B's shared memory may change: hardware may read them at any moment of that time.
 #pragma once
 #include <cmath>
@@ -14,32 +14,40 @@ struct Wgmma {
   std::vector<u8> b_bytes;
 };
 
-struct WarpWgmma {
+// What products in flight add to: registers of each lane, and their true values.
+struct Sums {
   static constexpr u32 kPoison = 0x7fbadbad;  // a NaN
+  float* registers[32] = {};
+  std::vector<float> values[32];
+
+  void take(int lane, float* d, int count) {
+    registers[lane] = d;
+    values[lane].assign(d, d + count);
+    for (int i = 0; i < count; ++i) std::memcpy(d + i, &kPoison, 4);
+  }
+  void give_back() const {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (size_t i = 0; i < values[lane].size(); ++i) {
+        if (std::memcmp(registers[lane] + i, &kPoison, 4)) fail("sums were written while a wgmma was in flight");
+        registers[lane][i] = values[lane][i];
+      }
+    }
+  }
+};
+
+struct WarpWgmma {
   std::vector<Wgmma> open;
   std::deque<std::vector<Wgmma>> groups;
   bool fenced = false;
-  float* registers[32] = {};  // the sums in flight, and their true values
-  std::vector<float> sums[32];
+  std::deque<Sums> in_flight;  // more than one set only where a kernel adds to several
 
   bool is_busy() const { return !open.empty() || !groups.empty(); }
 
-  void take_sums(int lane, float* d, int count) {
-    if (is_busy()) {
-      if (registers[lane] != d || static_cast<int>(sums[lane].size()) != count) fail("two sets of sums are in flight");
-      return;
-    }
-    registers[lane] = d;
-    sums[lane].assign(d, d + count);
-    for (int i = 0; i < count; ++i) std::memcpy(d + i, &kPoison, 4);
-  }
-  void give_back_sums() {
-    for (int lane = 0; lane < 32; ++lane) {
-      for (size_t i = 0; i < sums[lane].size(); ++i) {
-        if (std::memcmp(registers[lane] + i, &kPoison, 4)) fail("sums were written while a wgmma was in flight");
-        registers[lane][i] = sums[lane][i];
-      }
-    }
+  // Those whose registers begin at `d` in lane 0; a new set has none yet.
+  Sums& sums_at(float const* d) {
+    for (Sums& sums : in_flight)
+      if (sums.registers[0] == d) return sums;
+    return in_flight.emplace_back();
   }
   // Ends all but the last `pending` groups.
   void wait(Block const& block, size_t pending) {
@@ -48,7 +56,9 @@ struct WarpWgmma {
     for (; groups.size() > pending; groups.pop_front()) {
       for (Wgmma const& product : groups.front()) check_unchanged(block, product);
     }
-    if (groups.empty()) give_back_sums();
+    if (!groups.empty()) return;
+    for (Sums const& sums : in_flight) sums.give_back();
+    in_flight.clear();
   }
 
  private:

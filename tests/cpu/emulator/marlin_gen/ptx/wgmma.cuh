@@ -27,6 +27,7 @@ struct WgmmaM64K16 {
   static_assert(sizeof(real_header::marlin_gen::ptx::WgmmaM64K16<kIsBf16, kN>) > 0);
   struct Lane { float* d; u32 const* a; u64 b; };
 
+  template <bool kAdds = true>
   static void mma(float (&d)[kN / 2], u32 const (&a)[4], u64 b) {
     Lane mine{d, a, b};
     with_warp("wgmma", mine, [](auto lane) {
@@ -38,20 +39,23 @@ struct WgmmaM64K16 {
         u8 const* const bytes = at(my_block().rank << 24 | offset, 16);
         product.b_bytes.insert(product.b_bytes.end(), bytes, bytes + 16);
       }
+      Sums& sums = warp.sums_at(lane(0).d);
+      bool const is_new = !sums.registers[0];
       for (int i = 0; i < 32; ++i) {
         if (lane(i).b != lane(0).b) fail("lanes disagree on a wgmma's descriptor");
         product.a[i] = lane(i).a;
         std::memcpy(product.a_values[i], lane(i).a, 16);
-        warp.take_sums(i, lane(i).d, kN / 2);
+        if (is_new) sums.take(i, lane(i).d, kN / 2);
+        if (sums.registers[i] != lane(i).d) fail("lanes disagree on a wgmma's sums");
       }
-      multiply(product, warp);
+      multiply(product, sums, kAdds);
       warp.open.push_back(std::move(product));
     });
   }
 
  private:
   static float value(u32 pair, int i) { return kIsBf16 ? brain(pair, i) : float(half(pair, i)); }
-  static void multiply(Wgmma const& product, WarpWgmma& warp) {
+  static void multiply(Wgmma const& product, Sums& sums, bool adds) {
     static float a[16][16], b[kN][16];  // by row and k, by column and k
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k) a[row][k] = value(product.a_values[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
@@ -63,8 +67,8 @@ struct WgmmaM64K16 {
       }
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < kN; ++column) {
-        float& sum = warp.sums[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-        double exact = sum;
+        float& sum = sums.values[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+        double exact = adds ? sum : 0;
         for (int k = 0; k < 16; ++k) exact += double(a[row][k]) * b[column][k];
         sum = static_cast<float>(exact);
       }
