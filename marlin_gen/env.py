@@ -118,7 +118,7 @@ def lineinfo() -> bool:
 
 
 def dependent_launches() -> bool:
-    """Whether the op's launches may be dependent (``Launcher.run_with``): 5 % behind one another, 0 behind torch's."""
+    """Whether the op's launches may be dependent (``Launcher.run_with``): 3 to 20 % behind one another."""
     return _flag("MARLIN_GEN_DEPENDENT", "1")
 
 

@@ -164,7 +164,9 @@ class Launcher:
         """``run`` with the caller's workspace: at least the launch shape's sizes, locks zero.
 
         ``dependent``: start while the kernel ahead on the stream ends (programmatic dependent launch); this one waits
-        for it before it reads or writes anything. Not for a kernel of an architecture without TMA, which does not.
+        for it before it reads or writes anything but the first of its weights and scales. Those may be written by any
+        kernel ahead that does not itself let its successors start before it has. Not for a kernel of an architecture
+        without TMA, which does not wait.
         """
         shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
         if bias is not None and "bias" not in shape.operands:

@@ -13,9 +13,9 @@ from marlin_gen.problem import Problem
 
 # What a launch passes to a kernel, and how: OPERANDS, scalars, tensor maps, workspace. A prebuilt kernel takes its
 # arguments as they were when it was compiled, so tables of another version are not used. A new order is a new number.
-# 2: a tensor map for the last token tile, and a bias. 3: a dependent kernel waits before it reads anything. 4: the host
-# cuts the stripes, each of which has one lock. 5: clusters have a smaller inbox, so less shared memory. 6: the wgmma
-# family divides by reciprocals.
+# 2: a tensor map for the last token tile, and a bias. 3: a dependent kernel waits before it reads activations. 4: the
+# host cuts the stripes, each of which has one lock. 5: clusters have a smaller inbox, so less shared memory. 6: the
+# wgmma family divides by reciprocals.
 LAUNCH_VERSION = 6
 
 

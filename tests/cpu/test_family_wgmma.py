@@ -169,7 +169,7 @@ class Fault:
         """``text`` with a choice between right and wrong, by emulator::request.fault."""
         assert text.count(self.right) == 1, self.right
         number = FAULTS.index(self) + 1
-        choice = f"if (emulator::request.fault == {number}) {{ {self.wrong} }} else {{ {self.right} }}"
+        choice = f"if (emulator::request.fault == {number}) {{\n{self.wrong}\n}} else {{\n{self.right}\n}}\n"
         return text.replace(self.right, choice)
 
 
@@ -286,8 +286,8 @@ FAULTS = (
     ),
     Fault(
         "loads what the kernel before it writes", TILES,
-        "if (dependent) ptx::griddepcontrol_wait();  // before anything is read\n", "",
-        ("reads before griddepcontrol.wait",),
+        "if (dependent) ptx::griddepcontrol_wait();  // before activations are read", "",
+        ("a load of A before griddepcontrol.wait",),
     ),
     Fault(
         "stores into what the kernel before it reads", TILES,

@@ -166,12 +166,17 @@ struct Loader {
     start_pass();
   }
 
-  // Always closes a group, so that waiting can count them; past the end the group is empty.
-  __device__ __forceinline__ void load(u32 stage) {
-    if (pass < share.num_passes) {
+  // Always closes a group, so that waiting can count them; past the end the group is empty. If it waits for the kernel ahead, then only
+  // with activations: that one does not write weights, unless it is one that does and lets its successors start before.
+  __device__ __forceinline__ void load(u32 stage, bool waits = false) {
+    bool const is_inside = pass < share.num_passes;
+    if (is_inside) {
       load_weight(stage);
-      load_a(stage + kStageA);
       load_scales(stage + kStageScales);
+    }
+    if (waits) ptx::griddepcontrol_wait();
+    if (is_inside) {
+      load_a(stage + kStageA);
       k_begin += Config::kWarpsK * Config::kBlockK;
       if (++step == share.num_steps) {
         ++pass;
@@ -427,14 +432,11 @@ extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPe
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_bytes);
   Share const share(m, n, k, row_blocks_per_cluster);
   Loader loader(share, a, weight, scales);
-  if (dependent) {  // a plain launch does without: 0.06 us
-    ptx::griddepcontrol_launch_dependents();
-    ptx::griddepcontrol_wait();
-  }
+  if (dependent) ptx::griddepcontrol_launch_dependents();
 
   u32 const ring = ptx::smem_address(smem.ring[threadIdx.x / 32]);
 #pragma unroll 1  // a short program starts sooner
-  for (int i = 0; i < Config::kNumStages; ++i) loader.load(ring + i * kStageBytes);
+  for (int i = 0; i < Config::kNumStages; ++i) loader.load(ring + i * kStageBytes, i == 0 && dependent);
 
   int stage = 0;
   for (int pass = 0; pass < share.num_passes; ++pass) {

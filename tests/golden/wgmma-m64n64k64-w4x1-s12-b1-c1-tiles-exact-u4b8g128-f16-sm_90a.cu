@@ -72,7 +72,8 @@ constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stor
 constexpr int kStages = Config::kNumStages;
 constexpr bool kOwnRing = Config::kAStages > 0;  // activations have a ring beside that of weights
 constexpr int kAStages = kOwnRing ? Config::kAStages : kStages;
-constexpr int kFirstStages = kSplits;  // filled before any other thread is waited for: what each consumer begins with
+// Filled before any other thread is waited for: what each consumer begins with, or two where that is not a cluster's only one.
+constexpr int kFirstStages = kSplits > 1 ? kSplits : kRanks > 1 || kAStages < 3 ? 1 : 2;
 constexpr bool kTwoProducers = !kOwnRing && kSplits > 1;  // 1 to 3 % there, where stages are used up fastest; elsewhere up to 2 % lost
 
 // Shared memory, in bytes from its start, which is 1024-byte aligned as 128-byte swizzled boxes must be.
@@ -299,51 +300,48 @@ struct Activations {
   TensorMap const &map, &tail_map;
   int tail_tile, tail_rows;
   __device__ __forceinline__ bool is_tail(int tile_m) const { return tile_m == tail_tile; }
-  __device__ __forceinline__ TensorMap const* of(int tile_m) const { return is_tail(tile_m) ? &tail_map : &map; }
-  // Fewer than of a whole stage.
-  __device__ __forceinline__ int missing_bytes(int tile_m) const { return is_tail(tile_m) ? (Config::kBlockM - tail_rows) * kSlabs * 128 : 0; }
+  // Of a stage.
+  __device__ __forceinline__ int bytes(int tile_m) const { return kAStageBytes - (is_tail(tile_m) ? (Config::kBlockM - tail_rows) * kSlabs * 128 : 0); }
+  __device__ __forceinline__ void load(u32 stage, u32 full, int tile_m, int block) const {
+    TensorMap const* const of_tile = is_tail(tile_m) ? &tail_map : &map;
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab)
+      ptx::cp_async_bulk_tensor_2d_load(stage + slab * kSlabBytes, of_tile, (block * kSlabs + slab) * 64, tile_m * Config::kBlockM, full);
+  }
 };
 
-// Both operands of one k block, or one of them, into a stage that is empty.
-template <bool kWeights, bool kActivations>
-__device__ __forceinline__ void load_stage(Activations const& a, Weights const& weights, int tile_m, int tile_n, int block, u32 smem, int stage,
-                                           Barriers barriers) {
-  u32 const full = barriers.a_full(stage);
-  int const bytes = (kWeights ? kStageBytes : 0) + (kActivations ? kAStageBytes - a.missing_bytes(tile_m) : 0);
-  ptx::mbarrier_arrive_expect_tx(full, bytes);
-  // Weights before activations: after them is up to 6 % slower.
-  if (kWeights) weights.load(smem + kWeightsAt + stage * kStageBytes, full, tile_n, block);
-#pragma unroll
-  for (int slab = 0; kActivations && slab < kSlabs; ++slab)
-    ptx::cp_async_bulk_tensor_2d_load(smem + stage * kAStageBytes + slab * kSlabBytes, a.of(tile_m), (block * kSlabs + slab) * 64,
-                                      tile_m * Config::kBlockM, full);
-}
-
-// Weights of one k block into a stage of their own ring.
-__device__ __forceinline__ void load_weight_stage(Weights const& weights, int tile_n, int block, u32 smem, int stage, Barriers barriers) {
-  ptx::mbarrier_arrive_expect_tx(barriers.full(stage), kStageBytes);
-  weights.load(smem + kWeightsAt + stage * kStageBytes, barriers.full(stage), tile_n, block);
-}
+// Where a stage of weights lies, in whichever ring.
+__device__ __forceinline__ u32 weight_stage(u32 smem, int stage) { return smem + kWeightsAt + stage * kStageBytes; }
 
 // How many blocks of its first piece a block begins with.
 __device__ __forceinline__ int first_blocks(int count) { return min(kFirstStages, count); }
 
-// The first stages of each ring: as soon as they have barriers, before any other thread is waited for.
-__device__ __forceinline__ void produce_first(Activations const& a, Weights const& weights, TileOrder order, Walk walk, u32 smem, Barriers barriers) {
+// The first stages of each ring, as soon as they have barriers and before any other thread is waited for. Weights do not even wait for
+// the kernel ahead: it does not write them, unless it is one that writes weights and lets its successors start before it has.
+__device__ __forceinline__ void produce_first(Activations const& a, Weights const& weights, TileOrder order, Walk walk, u32 smem, Barriers barriers,
+                                              bool dependent) {
   Piece piece;
   if (!walk.next(piece)) return;
   int tile_m, tile_n;
   order.locate(piece.tile, tile_m, tile_n);
+  int const count = first_blocks(piece.count);
 #pragma unroll
   for (int i = 0; i < kFirstStages; ++i) {
-    if (i >= piece.count) break;
-    if (kOwnRing) load_weight_stage(weights, tile_n, piece.first + i, smem, i, barriers);
-    load_stage<!kOwnRing, true>(a, weights, tile_m, tile_n, piece.first + i, smem, i, barriers);
+    if (i >= count) break;
+    ptx::mbarrier_arrive_expect_tx(barriers.full(i), kStageBytes + (kOwnRing ? 0 : a.bytes(tile_m)));
+    weights.load(weight_stage(smem, i), barriers.full(i), tile_n, piece.first + i);
+  }
+  if (dependent) ptx::griddepcontrol_wait();  // before activations are read
+#pragma unroll
+  for (int i = 0; i < kFirstStages; ++i) {
+    if (i >= count) break;
+    if (kOwnRing) ptx::mbarrier_arrive_expect_tx(barriers.a_full(i), a.bytes(tile_m));
+    a.load(smem + i * kAStageBytes, barriers.a_full(i), tile_m, piece.first + i);
     if (kTwoProducers) ptx::mbarrier_arrive(barriers.full(i));  // for the other
   }
 }
 
-// Weights for a ring of their own, filled ahead of what `step` was called for. `produce_first` has loaded the first stage.
+// Weights for a ring of their own, filled ahead of what `step` was called for. `produce_first` has loaded the first stages.
 class WeightsAhead {
  public:
   __device__ WeightsAhead(Weights const& weights, TileOrder order, Walk walk, u32 smem, Barriers barriers)
@@ -357,7 +355,8 @@ class WeightsAhead {
   __device__ __forceinline__ void step() {
     if (++block_ >= end_ && !next_piece()) return;
     ptx::mbarrier_wait(barriers_.empty(at_.stage), at_.phase);
-    load_weight_stage(weights_, tile_n_, block_, smem_, at_.stage, barriers_);
+    ptx::mbarrier_arrive_expect_tx(barriers_.full(at_.stage), kStageBytes);
+    weights_.load(weight_stage(smem_, at_.stage), barriers_.full(at_.stage), tile_n_, block_);
     at_.advance<1>();
   }
 
@@ -379,7 +378,7 @@ class WeightsAhead {
   int tile_n_ = 0, block_ = 0, end_ = 0;
 };
 
-// Fills the ring with what it is told to, behind the first stage, which `produce_first` has loaded. With two rings, that of activations, and weights ahead in
+// Fills the ring with what it is told to, behind what `produce_first` has loaded. With two rings, that of activations, and weights ahead in
 // the other.
 template <bool kWeights, bool kActivations>
 __device__ __forceinline__ void produce(Activations a, Weights weights, TileOrder order, Walk walk, u32 smem, Barriers barriers) {
@@ -392,12 +391,17 @@ __device__ __forceinline__ void produce(Activations a, Weights weights, TileOrde
   for (Piece piece; walk.next(piece); is_begun = false) {
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
+    int const bytes = (kWeights ? kStageBytes : 0) + (kActivations ? a.bytes(tile_m) : 0);
     int const end = piece.first + piece.count;
     if (is_begun) at.stage = first_blocks(piece.count);
     for (int block = piece.first + (is_begun ? at.stage : 0); block < end; ++block, at.advance<1>()) {
       if (kOwnRing) ahead.step();
       ptx::mbarrier_wait(barriers.a_empty(at.stage), at.phase);
-      load_stage<kWeights, kActivations>(a, weights, tile_m, tile_n, block, smem, at.stage, barriers);
+      u32 const full = barriers.a_full(at.stage);
+      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      // Weights before activations: after them is up to 6 % slower.
+      if (kWeights) weights.load(weight_stage(smem, at.stage), full, tile_n, block);
+      if (kActivations) a.load(smem + at.stage * kAStageBytes, full, tile_m, block);
     }
   }
 }
@@ -693,8 +697,7 @@ wgmma_m64n64k64_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marlin
   if (warp == 0 && ptx::elect_sync()) {
     if (dependent) ptx::griddepcontrol_launch_dependents();
     barriers.init_first();
-    if (dependent) ptx::griddepcontrol_wait();  // before anything is read
-    produce_first(a, weights, order, walk, smem, barriers);
+    produce_first(a, weights, order, walk, smem, barriers, dependent);
     barriers.init_others();
   }
   if (warpgroup == 0) {

@@ -215,7 +215,9 @@ def test_streams_at_once_do_not_disturb_each_other():
 
 
 def test_a_weight_changed_in_place_is_the_one_that_is_read():
-    """Dependent launches start while the kernel before them still runs, which writes what they read."""
+    """Dependent launches start while the kernel before them still runs, which writes what they read, and read the first
+    of their weights sooner still: also behind another product, which lets them, while weights were written before that.
+    """
     packs = [marlin_gen.pack(*weight(4096, 4096)[:2]), marlin_gen.pack(*(t.flip(0) for t in weight(4096, 4096)[:2]))]
     a = activations(8, 4096)
     expected = [marlin_gen.gemm(a, packed) for packed in packs]
@@ -223,6 +225,8 @@ def test_a_weight_changed_in_place_is_the_one_that_is_read():
     for i in range(40):
         live.weight.copy_(packs[i % 2].weight)
         live.scales.copy_(packs[i % 2].scales)
+        for _ in range(i // 2 % 3):
+            marlin_gen.gemm(a, packs[0])
         assert torch.equal(marlin_gen.gemm(a, live), expected[i % 2])
 
 

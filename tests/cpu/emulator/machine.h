@@ -104,7 +104,7 @@ inline void fail(std::string const& what) {
   if (running) pause();  // for ever
 }
 
-// A, C and the scratch belong to the kernel before this one until the thread has waited for it.
+// A, C and the scratch belong to the kernel before this one until the thread has waited for it; weights and scales do not.
 inline void check_waited(char const* what) {
   if (request.dependent && !self().has_waited) fail(std::string(what) + " before griddepcontrol.wait");
 }
