@@ -57,6 +57,13 @@ def check_steps(llama, model, attend):
         )
 
 
+def run_alone(script: str, **variables: str) -> None:
+    """``script``, which ends by printing "equal", in a process of its own; its arguments are folders to import from."""
+    command = [sys.executable, "-c", script, *(str(ROOT / folder) for folder in ("", "tools", "tests/cpu"))]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "equal\n", done.stderr
+
+
 @torch.no_grad()
 def check_steps_and_prefill():
     import compiled_llama as llama
@@ -79,9 +86,7 @@ print("equal")
 
 def test_a_step_and_a_prefill_are_those_of_transformers():
     """In a process of its own: once, behind other tests, transformers' own step was 0.003 from what it always is."""
-    command = [sys.executable, "-c", ALONE, str(ROOT), str(ROOT / "tools"), str(ROOT / "tests/cpu")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "equal\n", done.stderr
+    run_alone(ALONE)
 
 
 INTERPRETED = """
@@ -106,10 +111,7 @@ print("equal")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_triton_kernel_is_the_torch_one():
     """By triton's interpreter, in a process of its own: it is chosen when triton is imported."""
-    command = [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tools")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "equal\n", done.stderr
+    run_alone(INTERPRETED, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from emulation import COPIES, EmulatedKernel, needs_gxx, random_problem, relativ
 
 from marlin_gen.config import KernelConfig
 from marlin_gen.formats import DTYPES, FORMATS
+from marlin_gen.layout import PackedWeight
 
 pytestmark = needs_gxx
 
@@ -102,6 +103,12 @@ def test_identity_gives_the_dequantised_weight(key: str, compiled: Compiled) -> 
     assert torch.equal(c, dense.half().T)
 
 
+def weight_seen_by(kernel: EmulatedKernel, packed: PackedWeight, max_clusters: int, like: torch.Tensor) -> torch.Tensor:
+    """The kernel's product with the identity, of ``like``'s k and type: the weight as it decodes it, [k, n]."""
+    identity = torch.eye(like.shape[1]).to(like.dtype)
+    return kernel(identity, packed, max_clusters, seed=2, copies="late")
+
+
 # Stages that hold many groups, several warpgroups along k whose stages do, and clusters that split k between groups.
 GROUPED = (
     (TILES, (20, 128, 320)),
@@ -121,8 +128,7 @@ def test_group_sizes(key: str, shape: tuple[int, int, int], weight_format: str, 
     a, packed, dense = random_problem(*shape, weight_format)
     c = kernel(a, packed, 4, seed=1, copies="anytime")
     assert relative_error(c, a.float() @ dense.T) < 1e-3
-    identity = torch.eye(shape[2], dtype=torch.float16)
-    assert torch.equal(kernel(identity, packed, 4, seed=2, copies="late"), dense.half().T)
+    assert torch.equal(weight_seen_by(kernel, packed, 4, a), dense.half().T)
 
 
 @pytest.mark.parametrize("act_dtype", DTYPES)
@@ -137,8 +143,7 @@ def test_every_kind_of_number(weight_format: str, act_dtype: str, tmp_path: Path
     expected = a.float() @ dense.T + bias.float()
     c = kernel(a, packed, 3, seed=1, copies="anytime", bias=bias)
     assert relative_error(c, expected) < (1e-3 if act_dtype == "f16" else 4e-3)
-    identity = torch.eye(320).to(dtype)
-    assert torch.equal(kernel(identity, packed, 3, seed=2, copies="late"), dense.to(dtype).T)
+    assert torch.equal(weight_seen_by(kernel, packed, 3, a), dense.to(dtype).T)
 
 
 @pytest.mark.parametrize("act_dtype", DTYPES)
@@ -150,8 +155,7 @@ def test_whole_numbers_scaled_afterwards(weight_format: str, act_dtype: str, tmp
     a, packed, dense = random_problem(21, 192, 512, weight_format, dtype)
     c = kernel(a, packed, 3, seed=1, copies="anytime")
     assert relative_error(c, a.float() @ dense.T) < (1e-3 if act_dtype == "f16" else 4e-3)
-    identity = torch.eye(512).to(dtype)
-    assert torch.equal(kernel(identity, packed, 3, seed=2, copies="late"), dense.to(dtype).T)
+    assert torch.equal(weight_seen_by(kernel, packed, 3, a), dense.to(dtype).T)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,14 @@ struct WarpWgmma {
 
   bool is_busy() const { return !open.empty() || !groups.empty(); }
 
-  // Those whose registers begin at `d` in lane 0; a new set has none yet.
-  Sums& sums_at(float const* d) {
-    for (Sums& sums : in_flight)
-      if (sums.registers[0] == d) return sums;
+  // Those of `count` registers from `d` in lane 0; a new set has none yet.
+  Sums& sums_at(float const* d, size_t count) {
+    for (Sums& sums : in_flight) {
+      float const* const begin = sums.registers[0];
+      size_t const size = sums.values[0].size();
+      if (begin == d && size == count) return sums;
+      if (d < begin + size && begin < d + count) fail("two sets of sums that overlap are in flight");
+    }
     return in_flight.emplace_back();
   }
   // Ends all but the last `pending` groups.

@@ -39,7 +39,7 @@ struct WgmmaM64K16 {
         u8 const* const bytes = at(my_block().rank << 24 | offset, 16);
         product.b_bytes.insert(product.b_bytes.end(), bytes, bytes + 16);
       }
-      Sums& sums = warp.sums_at(lane(0).d);
+      Sums& sums = warp.sums_at(lane(0).d, kN / 2);
       bool const is_new = !sums.registers[0];
       for (int i = 0; i < 32; ++i) {
         if (lane(i).b != lane(0).b) fail("lanes disagree on a wgmma's descriptor");
