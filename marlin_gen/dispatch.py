@@ -18,14 +18,14 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    and fill is the fraction of block slots the plan keeps busy over its waves (``wave_fill``) at the row's own shape
    (fill') and at the problem's (fill). The last term keeps 48-row blocks, right for n = 6144, away from n = 4096, where
    a third of the SMs would idle. Shapes further than ``MAX_DISTANCE`` are not considered.
-4. ``families.default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
+4. ``default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
    (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.4 %, 1.13.) But where
    the nearest row is within an octave, is not far in tokens, and the default lost more than 6 % there, that row comes
    first: each shape left out of its own table in turn, 1.6 % from the best on an H200 instead of 3.0 %, 1.9 % on an
    H100 with or without.
-5. ``families.ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
+5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from typing import Any, NamedTuple
 from marlin_gen import env
 from marlin_gen.arch import PTX_ARCH, Gpu
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.families import FAMILIES, default_plan, ptx_plan
+from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LAUNCH_VERSION
+from marlin_gen.families.defaults import default_plan, ptx_plan
 from marlin_gen.formats import LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx

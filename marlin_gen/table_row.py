@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families import FAMILIES, default_specs
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import default_specs
 from marlin_gen.measurement import Artifact, Baseline, Measurement
 from marlin_gen.problem import Problem
 

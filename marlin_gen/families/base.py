@@ -125,11 +125,16 @@ def fitted(
     return tuple(dict.fromkeys(found))
 
 
-def reject_format(fmt: WeightFormat) -> str | None:
-    """Why no family decodes this format, as a sentence; None when they do."""
+def reject_format(fmt: WeightFormat, dequant: str) -> str | None:
+    """Why no family decodes this format this way, as a sentence; None when they do."""
     # A packed word quad is 64 k: it lies in one group, or holds two.
     if fmt.group_size % 64 and fmt.group_size != 32:
         return f"weight format {fmt.name} is not in groups of 32 or of a multiple of 64"
+    if dequant == "deferred" and (fmt.group_size % 64 or fmt.offset not in ("constant", "zeros")):
+        return (
+            f"dequant=deferred scales sums of whole numbers, of 64 k and more; {fmt.name} has finer groups, or"
+            " offsets with fractions"
+        )
     return None
 
 

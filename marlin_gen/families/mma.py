@@ -108,13 +108,8 @@ class MmaFamily:
             return f"num_stages={c.num_stages} is not between {STAGES[0]} and {STAGES[1]}"
         if c.a_stages:
             return f"a_stages={c.a_stages}: the mma family has one ring for weights and activations; use 0"
-        if reason := reject_format(fmt):
+        if reason := reject_format(fmt, c.dequant):
             return reason
-        if c.dequant == "deferred" and (fmt.group_size % SLICE_K or fmt.has_offsets):
-            return (
-                f"dequant=deferred corrects the sums of {SLICE_K} k at once, for all rows alike; {fmt.name} has finer"
-                " groups, or offsets"
-            )
         if rows * fmt.scale_bytes > MAX_SCALE_BYTES:
             most = MAX_SCALE_BYTES // fmt.scale_bytes
             return f"block_n={c.block_n} over warps_n={c.warps_n} is {rows} rows a warp; at most {most} for {fmt.name}"
@@ -153,23 +148,27 @@ class MmaFamily:
         """
         configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
 
-        def work_of_an_sm(config: KernelConfig) -> float:
-            resident = gpu.num_sms * config.blocks_per_sm
-            rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
-            pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
-            passes = _ceil_div(rows, pass_rows)
-            # Adding up a pass costs about as much as half a row block, 24 tokens as much as the weights; what does not
-            # fit at once comes in rounds.
-            ranges = _ceil_div(problem.n // ROW_BLOCK, _rows_per_cluster(config, problem, resident))
-            rounds = _ceil_div(ranges * _ceil_div(max(problem.m, 1), config.block_m), resident)
-            return rounds * (passes * pass_rows + passes / 2) * (24 + config.block_m)
+        work = {c: self.row_blocks(c, problem, gpu.num_sms) * (24 + c.block_m) for c in configs}
+        return Plan(min(configs, key=lambda config: work[config]))
 
-        return Plan(min(configs, key=work_of_an_sm))
+    def row_blocks(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
+        """What the busiest SM does, in row blocks of one token tile and all of k.
+
+        Adding up a pass costs about as much as half a row block; 24 tokens, as much as the weights. What does not fit
+        at once comes in rounds.
+        """
+        resident = num_sms * config.blocks_per_sm
+        rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
+        pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
+        passes = _ceil_div(rows, pass_rows)
+        ranges = _ceil_div(problem.n // ROW_BLOCK, _rows_per_cluster(config, problem, resident))
+        rounds = _ceil_div(ranges * _ceil_div(max(problem.m, 1), config.block_m), resident)
+        return rounds * (passes * pass_rows + passes / 2)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""
         configs = _DEFAULTS[arch.name]
-        if fmt.group_size % SLICE_K or fmt.has_offsets:
+        if reject_format(fmt, "deferred"):
             configs = tuple(replace(c, dequant="exact") for c in configs)
         return fitted(self, configs, fmt, arch)
 
@@ -221,7 +220,7 @@ class MmaFamily:
         tokens = config.block_m
         row_blocks = _row_blocks(config)
         estimate = row_blocks * tokens // 2 + tokens + 3 * row_blocks + 46
-        if config.dequant == "deferred":  # also the sums of one row block's raw codes, what they start from, and scales
+        if config.dequant == "deferred":  # also the sums of one row block, and scales; as it compiles without spills
             estimate += tokens + row_blocks + 7
         return estimate
 

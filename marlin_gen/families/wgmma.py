@@ -41,8 +41,9 @@ _DEFAULTS = tuple(
         ("exact", 128, 192, 64, 1, 6, 1, 1, "tiles"),
         ("exact", 128, 192, 64, 1, 5, 1, 2, "clusterk"),
         ("exact", 256, 128, 64, 1, 6, 1, 1, "tiles", 3),
-        ("deferred", 16, 64, 128, 2, 10, 2, 1, "striped"),
-        ("deferred", 16, 64, 128, 3, 12, 1, 1, "tiles"),
+        ("deferred", 16, 64, 128, 4, 16, 1, 1, "tiles"),
+        ("deferred", 16, 64, 128, 4, 16, 1, 2, "clusterk"),
+        ("deferred", 16, 64, 256, 1, 6, 2, 1, "striped"),
         ("deferred", 32, 64, 128, 3, 12, 1, 2, "clusterk"),
         ("deferred", 32, 64, 256, 2, 8, 1, 1, "tiles"),
         ("deferred", 32, 192, 128, 1, 10, 1, 1, "striped"),
@@ -83,13 +84,8 @@ class WgmmaFamily:
             return f"block_m={c.block_m} is not one of the token tiles {TOKEN_TILES}"
         if c.block_k not in (64, 128, 256):
             return f"block_k={c.block_k} is not 64, 128 or 256"
-        if reason := reject_format(fmt):
+        if reason := reject_format(fmt, c.dequant):
             return reason
-        if c.dequant == "deferred" and (fmt.group_size % SLAB_K or fmt.offset not in ("constant", "zeros")):
-            return (
-                f"dequant=deferred scales sums of whole numbers, of {SLAB_K} k and more; {fmt.name} has finer"
-                " groups, or offsets with fractions"
-            )
         if (c.cluster_size > 1) != (c.partition == "clusterk"):
             return f"cluster_size={c.cluster_size} does not go with partition={c.partition}: clusters exist to split k"
         if c.block_m % (8 * c.cluster_size):

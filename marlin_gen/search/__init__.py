@@ -8,7 +8,8 @@ from pathlib import Path
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families import FAMILIES, default_plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.formats import weight_format
 from marlin_gen.measurement import Measurer
 from marlin_gen.problem import Problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from marlin_gen.config import Plan
-from marlin_gen.families import default_plan
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.measurement import Artifact, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.search.events import CellResult

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.cost_model import attainable_tflops, predict_us
-from marlin_gen.families import FAMILIES, default_plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Measurer
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, Proposal

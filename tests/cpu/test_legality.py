@@ -17,8 +17,9 @@ from tables import A100, H100, H200
 
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelConfig, Plan
-from marlin_gen.families import FAMILIES, default_plan
+from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import OPERANDS, reciprocal
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.formats import FORMATS
 from marlin_gen.problem import Problem
 

@@ -19,7 +19,8 @@ from load_tool import load_tool
 from marlin_gen import driver, toolchain
 from marlin_gen.arch import ARCHS, PTX_ARCH, Gpu, arch_for
 from marlin_gen.config import KernelSpec
-from marlin_gen.families import FAMILIES, ptx_plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import ptx_plan
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import PtxKernel, PtxWarning, ShippedPtx, file_text, pack, parse, shipped_ptx, unpack

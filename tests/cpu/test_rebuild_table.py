@@ -10,7 +10,7 @@ import tables
 from load_tool import load_tool
 from tables import A100, mma, row
 
-from marlin_gen.families import default_specs
+from marlin_gen.families.defaults import default_specs
 from marlin_gen.table import DispatchTable
 
 KIND = ("u4b8g128", "f16")

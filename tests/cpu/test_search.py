@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from marlin_gen.compile import CompileFailure
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.families import default_plan
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.measurement import Artifact, Job, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording

@@ -14,8 +14,8 @@ import tables
 from tables import H100, H200, mma, row, wgmma
 
 from marlin_gen.config import Plan
-from marlin_gen.families import default_specs
 from marlin_gen.families.base import LAUNCH_VERSION
+from marlin_gen.families.defaults import default_specs
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse, publish

@@ -70,9 +70,6 @@ constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale
 constexpr int kSliceGroups = ceil_div(kSliceK, Config::kGroupSize);
 constexpr bool kStagesFillK = kSlices == 1 || Config::kGroupSize % Config::kBlockK == 0;  // else the last stage may reach past k
 constexpr bool kDeferred = Config::kDequant == Dequant::kDeferred;
-// The zero point as raw codes have it, in rows g and in rows g + 8. fp16 holds both exactly.
-constexpr float kRawZero = Decode::kRawOffset + Config::kZeroPoint;
-constexpr float kRawHighZero = Decode::kRawOffset + Config::kZeroPoint / Decode::kRawHighScale;
 
 // One stage of one warp's ring: [slice][row block] of weights, [slice][token] of activations, [group][row block] of scales.
 constexpr int kStageA = kSlices * kRowBlocks * kRowBlockBytes;
@@ -97,8 +94,9 @@ using Accumulators = float[kRowBlocks][kTokenBlocks][4];
 static_assert(sizeof(SharedStorage) == Config::kSmemBytes, "the host computes another size of shared memory");
 static_assert(Config::kThreads == 32 * Config::kWarpsN * Config::kWarpsK, "the host launches another number of threads");
 static_assert(kRowBlockBytes == 16 * kSliceK * Config::kBits / 8, "the decoder reads other codes");
+static_assert(Config::kOffset != Offset::kConstant || Decode::kZeroPoint == Config::kZeroPoint, "the decoder subtracts another zero point");
 static_assert(Config::kGroupSize % kSliceK == 0 || kSliceK % Config::kGroupSize == 0, "a slice holds whole groups, or lies in one");
-static_assert(!kDeferred || (kSliceGroups == 1 && Config::kOffset == Offset::kConstant), "a slice is corrected and scaled as a whole");
+static_assert(!kDeferred || (kSliceGroups == 1 && is_whole(Config::kOffset)), "deferred: sums of whole numbers, a slice scaled as a whole");
 static_assert(kRowBlocks * kScaleLanes <= 32, "a lane copies 16 bytes of scales at most");
 static_assert(Config::kGroupSize % Config::kBlockK == 0 || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");
@@ -280,36 +278,22 @@ __device__ __forceinline__ void multiply_exact(float (&acc)[kTokenBlocks][4], u3
   }
 }
 
-// The same with raw codes in the fragment. Their sums start at `zero`, the correction for the zero point, and are scaled in fp32.
-__device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4], u32 const (&words)[4 * kPlanes], u32 scales, Activations const& b,
-                                                  float const (&zero)[kTokenBlocks][4]) {
-  float raw[kTokenBlocks][4];
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j)
-#pragma unroll
-    for (int q = 0; q < 4; ++q) raw[j][q] = zero[j][q];
+// The same with whole numbers in the fragment, codes less their zero point: their sums over the slice are scaled in fp32.
+__device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4], u32 const (&words)[4 * kPlanes], typename Decode::Group const& group,
+                                                  Activations const& b) {
+  float sums[kTokenBlocks][4] = {};
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     u32 fragment[4];
-    Decode::raw(words + step * kPlanes, fragment);
+    Decode::centred(words + step * kPlanes, group, fragment);
 #pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) Number::mma(raw[j], fragment, b[step][j][0], b[step][j][1]);
+    for (int j = 0; j < kTokenBlocks; ++j) Number::mma(sums[j], fragment, b[step][j][0], b[step][j][1]);
   }
-  float const scale_g = Number::low(scales), scale_g8 = Number::high(scales) * Decode::kRawHighScale;
+  float const scale_g = Number::low(group.scales), scale_g8 = Number::high(group.scales);
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll
-    for (int q = 0; q < 4; ++q) acc[j][q] += (q < 2 ? scale_g : scale_g8) * raw[j][q];
-}
-
-// What raw codes are too large by, times the activations, for rows g and g + 8: the same for every row block of a slice.
-__device__ __forceinline__ void multiply_zero(float (&zero)[kTokenBlocks][4], Activations const& b) {
-  u32 const zero_g = Number::pack(-kRawZero, -kRawZero), zero_g8 = Number::pack(-kRawHighZero, -kRawHighZero);
-  u32 const fragment[4] = {zero_g, zero_g8, zero_g, zero_g8};
-#pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j)
-#pragma unroll
-    for (int step = 0; step < 4; ++step) Number::mma(zero[j], fragment, b[step][j][0], b[step][j][1]);
+    for (int q = 0; q < 4; ++q) acc[j][q] += (q < 2 ? scale_g : scale_g8) * sums[j][q];
 }
 
 __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int lane) {
@@ -319,19 +303,17 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, u32 stage, int
     u32 const scales = stage + kStageScales + slice * kSliceK / Config::kGroupSize * kRowBlocks * kRowBlockScaleBytes + lane / 4 * kPairBytes;
     Activations b;
     load_activations(b, stage + kStageA + slice * kSliceABytes, lane);
-    float zero[kTokenBlocks][4] = {};
-    if constexpr (kDeferred) multiply_zero(zero, b);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
       u32 words[4 * kPlanes];
       load_words<kPlanes>(words, weight + i * kRowBlockBytes);
-      if constexpr (kDeferred) {
-        multiply_deferred(acc[i], words, ptx::ld_shared_u32(scales + i * kRowBlockScaleBytes), b, zero);
-      } else {
-        typename Decode::Group groups[kSliceGroups];
+      typename Decode::Group groups[kSliceGroups];
 #pragma unroll
-        for (int group = 0; group < kSliceGroups; ++group)
-          groups[group] = Decode::Group::load(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
+      for (int group = 0; group < kSliceGroups; ++group)
+        groups[group] = Decode::Group::load(scales + (group * kRowBlocks + i) * kRowBlockScaleBytes);
+      if constexpr (kDeferred) {
+        multiply_deferred(acc[i], words, groups[0], b);
+      } else {
         multiply_exact(acc[i], words, groups, b);
       }
     }

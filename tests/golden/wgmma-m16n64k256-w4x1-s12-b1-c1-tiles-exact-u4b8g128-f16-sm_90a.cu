@@ -97,6 +97,7 @@ constexpr int kRingBarriers = 2 * (kStages + (kOwnRing ? kAStages : 0));
 constexpr int kNumBarriers = kRingBarriers + (kRanks > 1 ? 2 * kRowTiles : 0);
 static_assert(kBarriersAt + kNumBarriers * 8 == Config::kSmemBytes);
 static_assert((1 + kConsumers) * kWarpgroup == Config::kThreads);
+static_assert(Config::kOffset != Offset::kConstant || Decode::kZeroPoint == Config::kZeroPoint);
 static_assert(Config::kGroupSize % 64 == 0 || Config::kGroupSize == 32);  // a slab lies in one group, or holds two
 static_assert(kStageBytes % 128 == 0);  // of which linear copies need 16
 static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplits == 0);

@@ -11,7 +11,7 @@ import torch
 from marlin_gen.arch import arch_for
 from marlin_gen.config import KernelSpec
 from marlin_gen.dispatch import KernelLocation, find_tables
-from marlin_gen.families import default_specs
+from marlin_gen.families.defaults import default_specs
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.measurement import Artifact

@@ -19,20 +19,20 @@
 
 namespace marlin_gen {
 
-// What lies in shared memory for rows g and g + 8 of a group, each value twice. The offset is as layout.py packs it: what decoding
+// What lies in shared memory for rows g and g + 8 of a group: both scales, and each value twice. The offset is as layout.py packs it: what decoding
 // adds to or subtracts from the codes where zero points are whole, else the zero point or minimum itself.
 template <Offset kOffset>
 struct ScalePair {
   static constexpr int kBytes = kOffset == Offset::kConstant ? 4 : 8;
-  u32 scale_g, scale_g8, offset_g, offset_g8;
+  u32 scales, scale_g, scale_g8, offset_g, offset_g8;
 
   __device__ static __forceinline__ ScalePair load(u32 address) {
     if constexpr (kOffset == Offset::kConstant) {
       u32 const pair = ptx::ld_shared_u32(address);
-      return {ptx::duplicate_low(pair), ptx::duplicate_high(pair), 0, 0};
+      return {pair, ptx::duplicate_low(pair), ptx::duplicate_high(pair), 0, 0};
     } else {
       u32x2 const both = ptx::ld_shared_v2(address);
-      return {ptx::duplicate_low(both.x), ptx::duplicate_high(both.x), ptx::duplicate_low(both.y), ptx::duplicate_high(both.y)};
+      return {both.x, ptx::duplicate_low(both.x), ptx::duplicate_high(both.x), ptx::duplicate_low(both.y), ptx::duplicate_high(both.y)};
     }
   }
 };
@@ -69,15 +69,11 @@ struct Decoder;
 template <Offset kOffset>
 struct Decoder<F16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1;
+  static constexpr int kWords = 1, kZeroPoint = 8;
   static constexpr u32 kLowMask = 0x000f000f, kHighMask = 0x00f000f0;
   static constexpr u32 kExponent = 0x64006400, kMinusHigh = 0xd400d400;  // 1024, and -64 = -(1024 / 16)
   static constexpr u32 kCentre = 0x64086408, kMinusHighCentre = 0xd480d480;  // 1032, and -72 = -(64 + 8)
   static constexpr u32 kSixteenth = 0x2c002c00;
-
-  // What `raw` adds to a code, for the deferred correction: rows g carry 1 * q + 1024, rows g + 8 carry 16 * q + 1024.
-  static constexpr float kRawOffset = 1024.f;
-  static constexpr float kRawHighScale = 1.f / 16.f;
 
   // 13 instructions for 8 weights; with fractions 17.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
@@ -120,11 +116,9 @@ struct Decoder<F16, 4, kOffset> {
 template <Offset kOffset>
 struct Decoder<Bf16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1;
+  static constexpr int kWords = 1, kZeroPoint = 8;
   static constexpr u32 kMask = 0x000f000f, kExponent = 0x43004300;            // 128
   static constexpr u32 kMinusExponent = 0xc300c300, kMinusCentre = 0xc308c308;  // -128, and -136 = -(128 + 8)
-  static constexpr float kRawOffset = 128.f;
-  static constexpr float kRawHighScale = 1.f;
 
   // 15 instructions for 8 weights; with fractions 19.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
@@ -162,10 +156,8 @@ struct Decoder<Bf16, 4, kOffset> {
 template <>
 struct Decoder<F16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2;
+  static constexpr int kWords = 2, kZeroPoint = 128;
   static constexpr u32 kExponent = 0x64006400, kCentre = 0x64806480;  // 1024, 1152 = 1024 + 128
-  static constexpr float kRawOffset = 1024.f;
-  static constexpr float kRawHighScale = 1.f;
 
   // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
@@ -191,10 +183,9 @@ struct Decoder<F16, 8, Offset::kConstant> {
 template <>
 struct Decoder<Bf16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2;
+  static constexpr int kWords = 2, kZeroPoint = 128;
   static constexpr u32 kExponent = 0x4b000000;       // 2^23
   static constexpr float kCentre = 8388608.f + 128.f;
-  static constexpr float kRawOffset = -128.f, kRawHighScale = 1.f;
 
   // 28 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {

@@ -19,7 +19,8 @@ from marlin_gen import cuda_op, driver, first_use, gather, native, serve, toolch
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Dispatcher
-from marlin_gen.families import FAMILIES, ptx_plan
+from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import ptx_plan
 from marlin_gen.formats import FORMATS
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.layout import PackedWeight
