@@ -24,12 +24,6 @@ class Arch:
     smem_reserved: int = 1024  # bytes the driver keeps per resident block
     registers_per_sm: int = 65536
     max_registers_per_thread: int = 255
-    max_blocks_per_sm: int = 16
-
-    def blocks_fit(self, smem_bytes: int, threads: int) -> int:
-        """How many blocks of this size are resident on one SM, by shared memory and threads."""
-        by_smem = self.smem_per_sm // (smem_bytes + self.smem_reserved)
-        return min(by_smem, self.max_threads_per_sm // threads, self.max_blocks_per_sm)
 
     @property
     def is_ptx(self) -> bool:

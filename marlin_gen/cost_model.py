@@ -55,10 +55,8 @@ class Costs:
     wgmma_share: float = 0.916  # of the tensor rate
     wgmma_tokens: float = 29.3  # an instruction of fewer tokens is not quicker: its weights come from registers
     exact_alu: float = 2.46  # instructions per weight
-    deferred_alu: float = 2.06
-    correction_alu: float = 2.09  # instructions per weight and 128 tokens, once for each scale group
-    whole_alu: float = 1.7  # the same two of the wgmma family, as their instructions count beside exact ones (9 of 13)
-    scaling_alu: float = 1.5
+    whole_alu: float = 1.7  # deferred, as its instructions count beside exact ones (9 of 13)
+    scaling_alu: float = 1.5  # deferred: per weight and 128 tokens, once a group of 128 or, in the mma family, 64 k
     overlap_loss: float = 0.426  # share of the shorter of dequantisation and multiplication that is not hidden
     compute_norm: float = 1.79
     body_norm: float = 4.23
@@ -150,9 +148,7 @@ def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
     tokens = np.maximum(c.block_m, where(c.is_mma, 8.0, costs.wgmma_tokens))
     share = where(c.is_mma, rates.mma_sync_share, costs.wgmma_share)
     tensor = 2 * weights * tokens / (rates.tensor_flops * share)
-    # Deferred, every sum is scaled once a group; in the mma family also corrected.
-    deferred = where(c.is_mma, costs.deferred_alu, costs.whole_alu)
-    deferred = deferred + where(c.is_mma, costs.correction_alu, costs.scaling_alu) * c.block_m / 128
+    deferred = costs.whole_alu + where(c.is_mma, 2.0, 1.0) * costs.scaling_alu * c.block_m / 128
     alu = weights * where(c.deferred, deferred, costs.exact_alu) / rates.alu_lanes
     issued = alu + costs.overlap_loss * np.minimum(alu, tensor)
     loads = weights * (p.bits / 8) + rounds * c.block_m * k * 2 * where(c.is_mma, c.warps_n, 1.0)

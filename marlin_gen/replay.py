@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from marlin_gen import env
-from marlin_gen.config import KernelSpec, Plan
+from marlin_gen.config import Plan
 from marlin_gen.formats import kind_suffix
 from marlin_gen.measurement import Artifact, Baseline, Job, Measurement, Stretch
 from marlin_gen.problem import Problem
@@ -70,12 +70,6 @@ class ReplayMeasurer:
 
     def close(self) -> None:
         return None
-
-
-def recorded_artifact(recording: Recording, spec: KernelSpec) -> Artifact:
-    """An artifact with the recorded numbers and no files: for a replay that skips compiling."""
-    numbers = recording.artifacts.get(spec.key, {"registers": 0, "spill_bytes": 0, "static_smem_bytes": 0})
-    return Artifact(spec, f"recorded_{spec.config.family}", Path(), **numbers)
 
 
 def recording_name(weight_format: str, act_dtype: str) -> str:

@@ -45,10 +45,6 @@ class Selection:
     mean: float  # geometric
     least: int  # no choice of fewer kernels serves within the limit
 
-    @property
-    def is_proved(self) -> bool:
-        return self.least == len(self.kernels)
-
 
 def options_of(table: DispatchTable, recordings: Sequence[Recording], usable: Collection[str]) -> Options:
     """What was measured to serve each row, among the kernels ``usable`` (KernelSpec keys).

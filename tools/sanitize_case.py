@@ -81,7 +81,8 @@ def _max_clusters(config: KernelConfig, problem: Problem) -> int:
     if config.partition != "striped":
         return 2
     work = token_tiles * -(-problem.n // config.block_n) * (problem.k // config.block_k)
-    return -(-work // (config.num_stages + 1))
+    blocks = -(-work // (config.num_stages + 1))
+    return blocks if -(-work // blocks) > config.num_stages else blocks - 1
 
 
 class Operands(NamedTuple):

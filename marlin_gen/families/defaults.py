@@ -27,10 +27,12 @@ def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 3 <= gpu.num_sms and problem.k <= 4096 else 16
     if problem.m > few:
         return wgmma
-    fmt = weight_format(problem.weight_format)
-    few_tokens = [c for c in WGMMA.defaults(gpu.arch, fmt) if c.block_m == 16 and c.dequant == "deferred"]
-    usable = [c for c in few_tokens if 8 < problem.m <= 16 and WGMMA.reject_problem(c, problem) is None]
-    return min([mma, *(Plan(c) for c in usable)], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
+    if not 8 < problem.m <= 16:
+        return mma
+    ready = WGMMA.defaults(gpu.arch, weight_format(problem.weight_format))
+    few_tokens = [Plan(c) for c in ready if c.block_m == 16 and c.dequant == "deferred"]
+    usable = [plan for plan in few_tokens if WGMMA.reject_problem(plan.config, problem) is None]
+    return min([mma, *usable], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
 
 
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and

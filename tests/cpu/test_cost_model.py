@@ -14,7 +14,7 @@ from marlin_gen.search.calibrated import Calibrated
 from marlin_gen.space import ConfigSpace, candidates_of
 
 # n, k, m, microseconds, config: the best of 317 prototypes on one H100 SXM, 256 MB of rotated weights; those of
-# stripes and clusters (m = 64) as they are since 2026-11-25.
+# stripes and clusters (m = 64) as they are since 2026-11-25, and one at m = 16 since 2026-11-27.
 WINNERS = [
     (4096, 4096, 1, 4.91, "mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred"),
     (4096, 4096, 16, 6.17, "mma-m16n32k64-w1x16-s3-b1-c1-tiles-deferred"),
@@ -28,7 +28,7 @@ WINNERS = [
     (6144, 4096, 128, 14.85, "wgmma-m128n64k128-w4x1-s5-b1-c1-tiles-exact"),
     (6144, 4096, 512, 37.62, "wgmma-m128n192k64-w12x1-s7-b1-c1-tiles-exact"),
     (28672, 4096, 4, 22.28, "mma-m8n112k64-w1x4-s4-b2-c1-tiles-deferred"),
-    (28672, 4096, 16, 24.44, "wgmma-m16n64k256-w4x1-s6-b2-c1-tiles-exact"),
+    (28672, 4096, 16, 22.95, "mma-m16n112k64-w1x4-s2-b2-c1-tiles-deferred"),
     (28672, 4096, 64, 32.66, "wgmma-m64n128k128-w8x1-s8-b1-c1-tiles-exact"),
     (28672, 4096, 4096, 1332.92, "wgmma-m192n128k64-w8x1-s6-b1-c1-tiles-exact"),
     (4096, 14336, 8, 12.19, "mma-m8n32k64-w1x16-s4-b1-c1-tiles-deferred"),

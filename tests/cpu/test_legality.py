@@ -54,7 +54,8 @@ def test_legal_configs_fit_the_hardware(family, arch, fmt):
         threads, smem = family.threads(config), family.smem_bytes(config, fmt)
         assert threads % 32 == 0 and 32 <= threads <= 1024, config.key
         assert 0 < smem <= arch.smem_per_block, config.key
-        assert arch.blocks_fit(smem, threads) >= config.blocks_per_sm, config.key
+        blocks_fit = min(arch.smem_per_sm // (smem + arch.smem_reserved), arch.max_threads_per_sm // threads)
+        assert blocks_fit >= config.blocks_per_sm, config.key
         registers = family.max_registers(config, arch)
         assert 24 <= registers <= arch.max_registers_per_thread, config.key
         assert registers * threads * config.blocks_per_sm <= arch.registers_per_sm, config.key

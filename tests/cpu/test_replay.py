@@ -25,7 +25,7 @@ from marlin_gen.dispatch import find_tables, known_winners
 from marlin_gen.measurement import Artifact, Job, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
-from marlin_gen.replay import ReplayMeasurer, find_recording, recorded_artifact, shipped_recordings
+from marlin_gen.replay import ReplayMeasurer, find_recording, shipped_recordings
 from marlin_gen.search import TuneOptions, tune
 
 SEEDS = (0, 1, 2)
@@ -102,7 +102,8 @@ def test_never_mixes_finals_with_first_timings() -> None:
     found.finals += [replace(m, us=1.1 * (m.us or 0)) for m in rows[:2]]
     measurer = ReplayMeasurer(found)
     entries = [
-        (recorded_artifact(found, KernelSpec(m.plan.config, "u4b8g128", "f16", "sm_90a")), m.plan) for m in rows
+        (synthetic.recorded_artifact(found, KernelSpec(m.plan.config, "u4b8g128", "f16", "sm_90a")), m.plan)
+        for m in rows
     ]
     assert measurer.finals(cell, entries) == found.finals
     assert measurer.finals(cell, entries[2:]) == rows[2:]
@@ -112,7 +113,7 @@ def test_answers_only_what_was_recorded() -> None:
     cells = synthetic.problems(((4096, 4096),), (1, 64))
     found = synthetic.recording(cells, 40)
     row = next(m for m in found.measurements if m.ok)
-    artifact = recorded_artifact(found, KernelSpec(row.plan.config, "u4b8g128", "f16", "sm_90a"))
+    artifact = synthetic.recorded_artifact(found, KernelSpec(row.plan.config, "u4b8g128", "f16", "sm_90a"))
     assert isinstance(artifact, Artifact) and artifact.registers == 64
     measurer = ReplayMeasurer(found)
     unknown = Plan(row.plan.config, 977)
