@@ -169,7 +169,8 @@ def faults(rows: list[Row], errors: list[str]) -> list[str]:
     if host > HOST_GROWTH_MB:
         found.append(f"host memory grew by {host:.0f} MB, {HOST_GROWTH_MB:.0f} are allowed")
     if device > DEVICE_GROWTH_MB:
-        found.append(f"device memory grew by {device:.0f} MB, {DEVICE_GROWTH_MB:.0f} are allowed")
+        growth = f"device memory grew by {device:.0f} MB, {DEVICE_GROWTH_MB:.0f} are allowed"
+        found.append(f"{growth}; all processes count, so that no other may use this GPU meanwhile")
     return found
 
 
