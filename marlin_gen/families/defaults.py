@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from marlin_gen.arch import ARCHS, PTX_ARCH, Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.families import FAMILIES
 from marlin_gen.families.mma import MMA
 from marlin_gen.families.wgmma import WGMMA
 from marlin_gen.formats import weight_format
@@ -67,7 +68,7 @@ def default_specs(arch: Arch, kinds: Iterable[tuple[str, str]]) -> list[KernelSp
     return [
         KernelSpec(config, fmt, dtype, arch.name)
         for fmt, dtype in kinds
-        for family in (MMA, WGMMA)
+        for family in FAMILIES.rows.values()
         for config in family.defaults(arch, weight_format(fmt))
     ]
 

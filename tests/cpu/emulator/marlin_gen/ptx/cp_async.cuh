@@ -13,7 +13,7 @@ inline void perform(CpAsync const& copy) {
   std::memcpy(at(copy.smem, 16), copy.gmem, copy.bytes);
 }
 inline void cp_async_16_zfill(u32 smem, void const* gmem, u32 bytes) {
-  if (request.a.holds(gmem, bytes)) check_waited("a load of A");
+  if (bytes > 0 && request.a.holds(gmem, bytes)) check_waited("a load of A");
   CpAsync const copy{smem, static_cast<u8 const*>(gmem), bytes};
   if (request.copies == kEarly || (request.copies == kAnytime && one_in(2))) return perform(copy);
   self().open_copies.push_back(copy);
