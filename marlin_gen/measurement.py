@@ -11,23 +11,17 @@ from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.problem import Problem
 
-# Why a candidate has no time. A failing candidate is a row, never the end of a study.
-STATUSES = (
-    "ok",
-    "compile",  # the compiler refused it
-    "resources",  # spills, or more registers or shared memory than stated
-    "launch",  # the driver refused to load or launch it
-    "wrong",  # relative error at or above DType.error_limit, or unwritten output
-    "timeout",  # the measuring process did not answer in time and was killed
-    "crash",  # the measuring process died, for instance by an illegal address
-)
-
 PROTOCOL = "graph-replay/rotated-weights-5xL2/hot-activations/median/v1"  # part of every result's identity
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One plan on one problem. Times are medians in microseconds with a 95 % interval of the median."""
+    """One plan on one problem. Times are medians in microseconds with a 95 % interval of the median.
+
+    ``status`` is ok, or why there is no time: compile (refused by the compiler), resources (spills, or more registers
+    or shared memory than stated), launch (refused by the driver), wrong (relative error at or above DType.error_limit,
+    or unwritten output), timeout (the measuring process was killed), crash (it died). A failure is a row, not the end.
+    """
 
     problem: Problem
     plan: Plan

@@ -17,6 +17,7 @@ from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
+from marlin_gen.dispatch import find_tables
 from marlin_gen.measurement import Artifact
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
@@ -56,7 +57,7 @@ def export(
 ) -> None:
     """Write the smallest set of kernels that serves a table, or what it has for some formats, within a regret."""
     limit = arguments.percent("--regret", regret)
-    found = choose_table(gpu)
+    found = choose_table(gpu, find_tables())
     target = to if to.suffix == SUFFIX else to / found.gpu.slug
     if to.suffix != SUFFIX and (target / FILE_NAME).exists():
         raise ValueError(f"{target} holds a table already; name another --out, or remove it")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,10 +19,12 @@ from marlin_gen.dispatch import find_tables
 from marlin_gen.formats import FORMATS
 from marlin_gen.models import parse_shape
 from marlin_gen.table import DispatchTable
+from marlin_gen.table_archive import opened
 from marlin_gen.table_row import TableRow
 
 
 def show(
+    source: Annotated[Path | None, typer.Argument(help="A table's folder or archive; default: the one in use.")] = None,
     gpu: Annotated[str | None, typer.Option(help="The start of a table's name, as h100; default: this GPU's.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Only these, as 4096x4096,...")] = None,
     formats: Annotated[str | None, typer.Option("--format", help=ONLY_FORMATS_HELP)] = None,
@@ -29,7 +33,8 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show a dispatch table: times, speedup over cuBLAS, fraction of the roofline."""
-    found = choose_table(gpu)
+    with opened(source) if source else nullcontext(find_tables()) as tables:
+        found = choose_table(gpu, tables)
     loosest = min(FORMATS, key=lambda name: FORMATS[name].group_size)  # a table may hold what its smaller groups allow
     sizes = {parse_shape(word, loosest) for word in shapes.split(",") if word.strip()} if shapes else None
     is_wanted = only_kinds(formats, dtypes)
@@ -44,7 +49,7 @@ def show(
     if json:
         summaries = bench.summarise(speedups.bench_rows(rows), attainable_tflops(found.gpu))
         print_json({
-            "gpu": found.gpu.to_json(), "folder": str(found.folder), "runs": list(found.runs),
+            "gpu": found.gpu.to_json(), "folder": str(source or found.folder), "runs": list(found.runs),
             "rows": [speedups.as_json(row, found.gpu) for row in rows],
             "summary": [asdict(summary) for summary in summaries],
         })  # fmt: skip
@@ -53,7 +58,7 @@ def show(
     for kind in kinds:
         title = f"{found.gpu.name}, {kind}" if len(kinds) > 1 else found.gpu.name
         _print([row for row in rows if Kind.of(row.problem) == kind], found, title, plans)
-    note(f"{len(rows)} rows, {len(found.kernels)} kernels; {_when(found)}{found.folder}")
+    note(f"{len(rows)} rows, {len(found.kernels)} kernels; {_when(found)}{source or found.folder}")
 
 
 def _print(rows: Sequence[TableRow], found: DispatchTable, title: str, plans: bool) -> None:
@@ -65,10 +70,9 @@ def _print(rows: Sequence[TableRow], found: DispatchTable, title: str, plans: bo
     out.print(speedups.summary_table(rows, found.gpu))
 
 
-def choose_table(gpu: str | None) -> DispatchTable:
-    """The table that ``--gpu`` names, else this GPU's, else the only one there is; a ValueError that lists them."""
-    tables = find_tables()
-    if gpu is None and (here := gpus.this_gpu()):
+def choose_table(gpu: str | None, tables: list[DispatchTable]) -> DispatchTable:
+    """The table that ``--gpu`` names, else the only one, else this GPU's; a ValueError that lists them."""
+    if gpu is None and len(tables) > 1 and (here := gpus.this_gpu()):
         matching = [found for found in tables if here.same_class(found.gpu)]
         if not matching:
             raise ValueError(f"no table for this GPU ({here.slug}); make one with marlin-gen tune, or name one of"

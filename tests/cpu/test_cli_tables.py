@@ -72,6 +72,19 @@ def test_export_of_the_shipped_table_serves_it_all_from_fewer_kernels(shipped, h
     assert less["kernels"] < told["kernels"] and less["defaults_kept"] == 0
 
 
+def test_show_reads_a_folder_or_an_archive(shipped, home, capsys):
+    """Of a folder with one table, of whatever GPU, that one; of several, the one that --gpu names."""
+    archive = home / "t.zip"
+    said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(archive), "--format", "u4b8g128")
+    for source in (archive, shipped.folder):
+        found = said(capsys, "show", str(source), "--format", "u4b8g128", "--dtype", "f16")
+        assert found["gpu"] == shipped.gpu.to_json() and found["folder"] == str(source)
+        assert [row["m"] for row in found["rows"]] and found["summary"][-1]["cells"] == len(found["rows"])
+    both = str(shipped.folder.parent)
+    assert said(capsys, "show", both, "--gpu", shipped.gpu.slug)["gpu"] == shipped.gpu.to_json()
+    assert main(["show", str(home / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
+
+
 def test_export_of_some_formats_has_their_rows_and_kernels_only(shipped, home, capsys):
     only = "--format", "u4b8g128", "--dtype", "f16"
     told = said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(home / "o"), *only)
