@@ -50,7 +50,7 @@ def identify(device_index: int) -> Gpu:
         num_sms=read("MULTIPROCESSOR_COUNT"),
         l2_bytes=read("L2_CACHE_SIZE"),
         smem_per_sm=read("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
-        bandwidth_gbs=round(bandwidth),
+        bandwidth_gbs=round(bandwidth) or 300,  # some that share the CPU's memory do not say
         name=name,
     )
 

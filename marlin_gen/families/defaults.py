@@ -49,7 +49,7 @@ def _work_at_sixteen(config: KernelConfig, problem: Problem, gpu: Gpu) -> float:
     configs each: an SM multiplies 30 bytes of 4-bit weights a ns.
     """
     share, bits = problem.n / 16 / gpu.num_sms, weight_format(problem.weight_format).bits
-    from_memory = share * bits / 4 * 30 * gpu.num_sms / (0.93 * max(gpu.bandwidth_gbs, 1))  # 0: the driver does not say
+    from_memory = share * bits / 4 * 30 * gpu.num_sms / (0.93 * gpu.bandwidth_gbs)
     if config.family == MMA.name:
         row_blocks = MMA.row_blocks(config, problem, gpu.num_sms) * (24 + config.block_m) / 40
         return max(row_blocks * (_MMA_TWO_BLOCKS if config.blocks_per_sm > 1 else 1), from_memory)

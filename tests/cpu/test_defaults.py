@@ -41,7 +41,3 @@ def test_from_nine_to_sixteen_tokens_the_choice_is_as_timed(gpu: str) -> None:
 def test_wgmma_serves_few_tokens_where_scales_can_be_deferred_and_memory_is_not_all(fmt: str, family: str) -> None:
     for tokens, expected in ((1, "mma"), (8, "mma"), (12, family)):
         assert default_plan(Problem(16384, 3072, tokens, fmt), H100).config.family == expected
-
-
-def test_a_gpu_that_does_not_say_its_bandwidth_has_a_default() -> None:
-    assert default_plan(Problem(16384, 3072, 16), replace(H100, bandwidth_gbs=0)).config.family == "mma"
