@@ -81,8 +81,7 @@ def _max_clusters(config: KernelConfig, problem: Problem) -> int:
     if config.partition != "striped":
         return 2
     work = token_tiles * -(-problem.n // config.block_n) * (problem.k // config.block_k)
-    blocks = -(-work // (config.num_stages + 1))
-    return blocks if -(-work // blocks) > config.num_stages else blocks - 1
+    return min(-(-work // (config.num_stages + 1)), (work - 1) // config.num_stages)  # more each than a ring
 
 
 class Operands(NamedTuple):

@@ -34,7 +34,7 @@ def show(
 ) -> None:
     """Show a dispatch table: times, speedup over cuBLAS, fraction of the roofline."""
     with opened(source) if source else nullcontext(find_tables()) as tables:
-        found = choose_table(gpu, tables)
+        found = tables[0] if source and not gpu and len(tables) == 1 else choose_table(gpu, tables)
     loosest = min(FORMATS, key=lambda name: FORMATS[name].group_size)  # a table may hold what its smaller groups allow
     sizes = {parse_shape(word, loosest) for word in shapes.split(",") if word.strip()} if shapes else None
     is_wanted = only_kinds(formats, dtypes)
@@ -71,8 +71,8 @@ def _print(rows: Sequence[TableRow], found: DispatchTable, title: str, plans: bo
 
 
 def choose_table(gpu: str | None, tables: list[DispatchTable]) -> DispatchTable:
-    """The table that ``--gpu`` names, else the only one, else this GPU's; a ValueError that lists them."""
-    if gpu is None and len(tables) > 1 and (here := gpus.this_gpu()):
+    """The table that ``--gpu`` names, else this GPU's, else the only one there is; a ValueError that lists them."""
+    if gpu is None and (here := gpus.this_gpu()):
         matching = [found for found in tables if here.same_class(found.gpu)]
         if not matching:
             raise ValueError(f"no table for this GPU ({here.slug}); make one with marlin-gen tune, or name one of"

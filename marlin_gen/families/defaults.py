@@ -21,19 +21,18 @@ def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     (4096x4096 on an H100, where they do not: 7.0 us against 6.7); 64 where they leave 3 of 4 idle (1024x8192: 7.7
     against 8.4). From 9 to 16 tokens it is the one that is estimated to take less.
     """
-    mma, wgmma = MMA.default(problem, gpu), WGMMA.default(problem, gpu)
-    if not gpu.arch.has_wgmma or WGMMA.reject_problem(wgmma.config, problem):
-        return mma
+    wgmma = WGMMA.default(problem, gpu)
+    usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
     tiles = problem.n // 64
     few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 3 <= gpu.num_sms and problem.k <= 4096 else 16
-    if problem.m > few:
+    if usable and problem.m > few:
         return wgmma
-    if not 8 < problem.m <= 16:
+    mma = MMA.default(problem, gpu)
+    if not usable or not 8 < problem.m <= 16:
         return mma
     ready = WGMMA.defaults(gpu.arch, weight_format(problem.weight_format))
-    few_tokens = [Plan(c) for c in ready if c.block_m == 16 and c.dequant == "deferred"]
-    usable = [plan for plan in few_tokens if WGMMA.reject_problem(plan.config, problem) is None]
-    return min([mma, *usable], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
+    rivals = [c for c in ready if c.block_m == 16 and c.dequant == "deferred" and not WGMMA.reject_problem(c, problem)]
+    return min([mma, *map(Plan, rivals)], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
 
 
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and
@@ -51,8 +50,8 @@ def _work_at_sixteen(config: KernelConfig, problem: Problem, gpu: Gpu) -> float:
     share, bits = problem.n / 16 / gpu.num_sms, weight_format(problem.weight_format).bits
     from_memory = share * bits / 4 * 30 * gpu.num_sms / (0.93 * gpu.bandwidth_gbs)
     if config.family == MMA.name:
-        row_blocks = MMA.row_blocks(config, problem, gpu.num_sms) * (24 + config.block_m) / 40
-        return max(row_blocks * (_MMA_TWO_BLOCKS if config.blocks_per_sm > 1 else 1), from_memory)
+        work = MMA.work(config, problem, gpu.num_sms)
+        return max(work * (_MMA_TWO_BLOCKS if config.blocks_per_sm > 1 else 1), from_memory)
     multiplying, waiting, adding = _WGMMA_COSTS[config.partition]
     tiles, slots = problem.n / config.block_n, gpu.num_sms * config.blocks_per_sm
     if config.partition == "striped":

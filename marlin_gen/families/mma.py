@@ -148,11 +148,10 @@ class MmaFamily:
         """
         configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
 
-        work = {c: self.row_blocks(c, problem, gpu.num_sms) * (24 + c.block_m) for c in configs}
-        return Plan(min(configs, key=lambda config: work[config]))
+        return Plan(min(configs, key=lambda config: self.work(config, problem, gpu.num_sms)))
 
-    def row_blocks(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
-        """What the busiest SM does, in row blocks of one token tile and all of k.
+    def work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
+        """What the busiest SM does, in row blocks by 16 tokens and all of k.
 
         Adding up a pass costs about as much as half a row block; 24 tokens, as much as the weights. What does not fit
         at once comes in rounds.
@@ -163,7 +162,7 @@ class MmaFamily:
         passes = _ceil_div(rows, pass_rows)
         ranges = _ceil_div(problem.n // ROW_BLOCK, _rows_per_cluster(config, problem, resident))
         rounds = _ceil_div(ranges * _ceil_div(max(problem.m, 1), config.block_m), resident)
-        return rounds * (passes * pass_rows + passes / 2)
+        return rounds * (passes * pass_rows + passes / 2) * (24 + config.block_m) / (24 + 16)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""

@@ -11,6 +11,7 @@ import tables
 from tables import A100, H100, mma, row
 
 from marlin_gen import env
+from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, find_tables
 from marlin_gen.measurement import Measurement
@@ -72,8 +73,9 @@ def test_export_of_the_shipped_table_serves_it_all_from_fewer_kernels(shipped, h
     assert less["kernels"] < told["kernels"] and less["defaults_kept"] == 0
 
 
-def test_show_reads_a_folder_or_an_archive(shipped, home, capsys):
+def test_show_reads_a_folder_or_an_archive(shipped, home, capsys, monkeypatch):
     """Of a folder with one table, of whatever GPU, that one; of several, the one that --gpu names."""
+    monkeypatch.setattr(gpus, "this_gpu", lambda device="cuda:0": tables.A100)
     archive = home / "t.zip"
     said(capsys, "export", "--gpu", shipped.gpu.slug, "--out", str(archive), "--format", "u4b8g128")
     for source in (archive, shipped.folder):
@@ -83,6 +85,8 @@ def test_show_reads_a_folder_or_an_archive(shipped, home, capsys):
     both = str(shipped.folder.parent)
     assert said(capsys, "show", both, "--gpu", shipped.gpu.slug)["gpu"] == shipped.gpu.to_json()
     assert main(["show", str(home / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
+    for command in (["show"], ["show", both], ["export", "--out", str(home / "e.zip")]):
+        assert main(command) == 2 and "no table for this GPU" in capsys.readouterr().err
 
 
 def test_export_of_some_formats_has_their_rows_and_kernels_only(shipped, home, capsys):

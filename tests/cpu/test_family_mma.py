@@ -25,7 +25,7 @@ GPUS = (
 )
 SHAPES = ((64, 128), (6144, 4096), (4096, 14336), (28672, 8192), (192, 640))
 TOKENS = (1, 8, 9, 16, 33, 64, 1000)
-# The registry's offsets and bits in both number types, in the groups that are hardest, or corrected afterwards.
+# The registry's offsets and bits in both number types, in the groups that are hardest, or scaled afterwards.
 KINDS = [(f.name, "exact", act) for f in FORMATS.values() if f.group_size == 32 for act in DTYPES]
 KINDS += [("u4b8g128", "deferred", "bf16"), ("u4zg128", "deferred", "f16"), ("u4zg128", "deferred", "bf16")]
 KINDS += [("u8b128g128", "deferred", "f16"), ("u8b128g128", "deferred", "bf16")]

@@ -54,7 +54,7 @@ def test_legal_configs_fit_the_hardware(family, arch, fmt):
         threads, smem = family.threads(config), family.smem_bytes(config, fmt)
         assert threads % 32 == 0 and 32 <= threads <= 1024, config.key
         assert 0 < smem <= arch.smem_per_block, config.key
-        blocks_fit = min(arch.smem_per_sm // (smem + arch.smem_reserved), arch.max_threads_per_sm // threads)
+        blocks_fit = min(arch.smem_per_sm // (smem + arch.smem_reserved), arch.max_threads_per_sm // threads, 16)
         assert blocks_fit >= config.blocks_per_sm, config.key
         registers = family.max_registers(config, arch)
         assert 24 <= registers <= arch.max_registers_per_thread, config.key
