@@ -55,6 +55,7 @@ class Costs:
     wgmma_share: float = 0.916  # of the tensor rate
     wgmma_tokens: float = 29.3  # an instruction of fewer tokens is not quicker: its weights come from registers
     exact_alu: float = 2.46  # instructions per weight
+    lifted_alu: float = 1.8  # exact in the wgmma family where rows have lifts (9.6 of 13 with their share of a group's)
     whole_alu: float = 1.7  # deferred, as its instructions count beside exact ones (9 of 13)
     scaling_alu: float = 1.5  # deferred: per weight and 128 tokens, once a group of 128 or, in the mma family, 64 k
     overlap_loss: float = 0.426  # share of the shorter of dequantisation and multiplication that is not hidden
@@ -122,7 +123,8 @@ class Sizes:
         self.m = np.maximum(column([p.m for p in problems]), 1)
         self.n, self.k = column([p.n for p in problems]), column([p.k for p in problems])
         self.dram_bytes = column([p.weight_bytes + p.activation_bytes for p in problems])
-        self.bits = column([weight_format(p.weight_format).bits for p in problems])
+        formats = [weight_format(p.weight_format) for p in problems]
+        self.bits, self.has_lifts = column([f.bits for f in formats]), np.array([f.has_lifts for f in formats])
 
 
 def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
@@ -149,7 +151,8 @@ def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
     share = where(c.is_mma, rates.mma_sync_share, costs.wgmma_share)
     tensor = 2 * weights * tokens / (rates.tensor_flops * share)
     deferred = costs.whole_alu + where(c.is_mma, 2.0, 1.0) * costs.scaling_alu * c.block_m / 128
-    alu = weights * where(c.deferred, deferred, costs.exact_alu) / rates.alu_lanes
+    exact = where(~c.is_mma & p.has_lifts, costs.lifted_alu, costs.exact_alu)
+    alu = weights * where(c.deferred, deferred, exact) / rates.alu_lanes
     issued = alu + costs.overlap_loss * np.minimum(alu, tensor)
     loads = weights * (p.bits / 8) + rounds * c.block_m * k * 2 * where(c.is_mma, c.warps_n, 1.0)
     throughput = _worst(costs.compute_norm, tensor, issued, loads / costs.l2_bytes) * per_sm

@@ -170,18 +170,18 @@ def choose(problem: Problem, gpu: Gpu, tables: Sequence[DispatchTable]) -> Itera
 
 def known_winners(
     gpu: Gpu, tables: Sequence[DispatchTable], problems: Sequence[Problem], own: bool = True
-) -> list[Plan]:
-    """The plans that tables have for these problems, to be tried early by a search: those of this GPU (unless not
-    ``own``) and of related ones; for numbers that they lack, of the default kind."""
+) -> dict[Problem, list[Plan]]:
+    """The plans that tables have for each of these problems, to be tried early by a search: those of this GPU (unless
+    not ``own``) and of related ones; for numbers that they lack, of the default kind."""
     dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
-    found: dict[Plan, None] = {}
+    found: dict[Problem, list[Plan]] = {}
     for problem in problems:
         usual = Problem(problem.n, problem.k, problem.m)
         for asked in dict.fromkeys((problem, usual)):
             if plans := [c.plan for c in islice(dispatcher.choose(asked), 2) if c.origin != "default"]:
-                found |= dict.fromkeys(plans)
+                found[problem] = plans
                 break
-    return list(found)
+    return found
 
 
 def forced_plan() -> Plan | None:

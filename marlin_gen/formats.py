@@ -52,6 +52,11 @@ class WeightFormat:
         return self.offset != "constant"
 
     @property
+    def has_lifts(self) -> bool:
+        """Whether each row has, behind its scales, the power of two that kernels decode it with (``layout.lifts``)."""
+        return self.offset == "constant"
+
+    @property
     def scale_values(self) -> int:
         """Numbers of one row and group: the scale, and the offset if there is one, in the type of activations."""
         return 2 if self.has_offsets else 1
@@ -61,9 +66,13 @@ class WeightFormat:
         """Of one row and group."""
         return 2 * self.scale_values
 
+    def scale_rows(self, k: int) -> int:
+        """How many rows of scales 64 features have: one for each group, and one of lifts if there are any."""
+        return k // self.group_size + int(self.has_lifts)
+
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of the packed weight and its scales: what a kernel must at least read."""
-        return n * k * self.bits // 8 + n * (k // self.group_size) * self.scale_bytes
+        return n * k * self.bits // 8 + n * self.scale_rows(k) * self.scale_bytes
 
 
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2, 1e-3), DType("bf16", "bfloat16", 2, 8e-3))}
@@ -90,8 +99,8 @@ FORMATS = {
 FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}  # of this process: what the native launcher is told
 
 # The order that ``layout.pack`` writes and every kernel reads; tables and checkpoints record it. A new order is a new
-# number.
-LAYOUT_VERSION = 1
+# number. 2: lifts behind the scales.
+LAYOUT_VERSION = 2
 
 DEFAULT_FORMAT = "u4b8g128"
 DEFAULT_DTYPE = "f16"

@@ -18,6 +18,10 @@ This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Sca
 the type of the activations; in each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g
 and g + 8 as one word.
 
+Formats about a constant zero point have ``[n / 64][k / group + 1][64]``: behind the scales of the groups, in the same
+order, each row's lift, a power of two that brings its largest scale into [8, 16). A kernel multiplies its scales by it,
+so that a code read as a subnormal number, times the scale, is a normal one (dequant.cuh), and divides the sums by it.
+
 Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero
 points are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose
 codes come out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them.
@@ -50,7 +54,7 @@ class PackedWeight:
     """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
 
     weight: torch.Tensor  # int32 [n / 64, k / 64, 512 or, of 8 bits, 1024]
-    scales: torch.Tensor  # f16 or bf16, as activations: [n / 64, k / group_size, 64 or, with offsets, 128]
+    scales: torch.Tensor  # f16 or bf16, as activations: [n / 64, fmt.scale_rows(k), 64 or, with offsets, 128]
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
     # int64 [k], of a weight in act-order: which input feature each of its columns multiplies. None: their own.
@@ -120,13 +124,28 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
         words[..., i // per_word] |= code.to(torch.int32) << fmt.bits * (i % per_word)
     if fmt.offset == "zeros":
         scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
-    groups, each = k // fmt.group_size, fmt.scale_values
-    pairs = scales.reshape(n // 64, 4, 2, 8, groups, each).permute(0, 4, 1, 3, 5, 2)
+    if fmt.has_lifts:
+        scales = torch.cat([scales, lifts(scales)[:, None]], 1)
+    rows, each = fmt.scale_rows(k), fmt.scale_values
+    pairs = scales.reshape(n // 64, 4, 2, 8, rows, each).permute(0, 4, 1, 3, 5, 2)
     return PackedWeight(
         _by_planes(words, fmt).reshape(n // 64, k // 64, -1),
-        pairs.reshape(n // 64, groups, 64 * each).contiguous(),
+        pairs.reshape(n // 64, rows, 64 * each).contiguous(),
         fmt.name,
     )
+
+
+def lifts(scales: torch.Tensor) -> torch.Tensor:
+    """Of scales [n, groups] each row's power of two [n], in their type, that brings its largest into [8, 16).
+
+    Where the type has none so large, or decoding no room for it, the nearest that it has (bf16: scales below 2^122);
+    1 for rows without a scale.
+    """
+    least, most = (-12, 15) if scales.dtype == torch.float16 else (-34, 50)
+    largest = scales.abs().amax(1).float()
+    exponent = 4 - torch.frexp(largest).exponent
+    exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0).clamp(least, most)
+    return torch.ldexp(torch.ones_like(largest), exponent).to(scales.dtype)
 
 
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +168,8 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
         code = (words[..., i // per_word] >> fmt.bits * (i % per_word) & fmt.codes - 1).to(torch.uint8)
         codes[:, :, row, :, :, :, half, :, parity] = code.permute(0, 2, 3, 1, 5, 4)
     groups, each = k // fmt.group_size, fmt.scale_values
-    scales = packed.scales.view(n // 64, groups, 4, 8, each, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, groups, each)
+    scales = packed.scales.view(n // 64, -1, 4, 8, each, 2)[:, :groups].permute(0, 2, 5, 3, 1, 4)
+    scales = scales.reshape(n, groups, each)
     if not fmt.has_offsets:
         return codes.view(n, k), scales[..., 0]
     if fmt.offset == "zeros":

@@ -29,7 +29,10 @@ _LOCK = threading.Lock()
 class FormatRecord(ctypes.Structure):
     """``Format`` in csrc/gemm.h."""
 
-    _fields_ = (("group_size", ctypes.c_int32), ("scale_values", ctypes.c_int32), ("words_per_tile", ctypes.c_int32))
+    _fields_ = (
+        ("group_size", ctypes.c_int32), ("scale_values", ctypes.c_int32),
+        ("lift_rows", ctypes.c_int32), ("words_per_tile", ctypes.c_int32),
+    )  # fmt: skip
 
 
 class KeyRecord(ctypes.Structure):
@@ -95,7 +98,7 @@ class Native:
         self._library = library
         for name, code in FORMAT_CODES.items():
             row = FORMATS[name]
-            record = FormatRecord(row.group_size, row.scale_values, words_per_tile(row))
+            record = FormatRecord(row.group_size, row.scale_values, row.has_lifts, words_per_tile(row))
             library.marlin_gen_set_format(code, ctypes.byref(record))
 
     @staticmethod

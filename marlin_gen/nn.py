@@ -51,10 +51,11 @@ class QuantLinear(nn.Module):
         if dtype not in SCALE_DTYPES:
             raise ValueError(f"dtype={dtype} is not one of {', '.join(map(str, SCALE_DTYPES))}")
         self.in_features, self.out_features, self.weight_format = in_features, out_features, weight_format
-        tiles_n, tiles_k, groups = out_features // SIZE_UNIT, in_features // SIZE_UNIT, in_features // fmt.group_size
+        tiles_n, tiles_k, scale_rows = out_features // SIZE_UNIT, in_features // SIZE_UNIT, fmt.scale_rows(in_features)
         weight = torch.zeros(tiles_n, tiles_k, words_per_tile(fmt), dtype=torch.int32, device=device)
         self.register_buffer("weight", weight)
-        scales = torch.zeros(tiles_n, groups, SIZE_UNIT * fmt.scale_values, dtype=dtype, device=device)
+        scales = torch.zeros(tiles_n, scale_rows, SIZE_UNIT * fmt.scale_values, dtype=dtype, device=device)
+        scales[:, in_features // fmt.group_size :] = 1  # lifts
         self.register_buffer("scales", scales)
         self.register_buffer("layout_version", torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=device))
         zeros = torch.zeros(out_features, dtype=dtype, device=device)
@@ -102,7 +103,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"rank={rank} is not one of 0 .. {world - 1}, the ranks of world={world}")
         if dim not in ("rows", "columns"):
             raise ValueError(f"dim is {dim!r}; known: 'rows' (out_features), 'columns' (in_features)")
-        group_size = format_row(self.weight_format).group_size
+        fmt = format_row(self.weight_format)
         if dim == "rows":
             _check_divides(world, "out_features", self.out_features, SIZE_UNIT, "the layout's tile")
             weight, scales = (tensor.chunk(world, 0)[rank] for tensor in (self.weight, self.scales))
@@ -111,8 +112,11 @@ class QuantLinear(nn.Module):
             if self.order is not None:
                 raise ValueError("a layer in act-order takes features from anywhere: shard it by rows, not by columns")
             _check_divides(world, "in_features", self.in_features, SIZE_UNIT, "the layout's tile")
-            _check_divides(world, "in_features", self.in_features, group_size, "the group_size")
-            weight, scales = (tensor.chunk(world, 1)[rank] for tensor in (self.weight, self.scales))
+            _check_divides(world, "in_features", self.in_features, fmt.group_size, "the group_size")
+            weight = self.weight.chunk(world, 1)[rank]
+            groups = self.in_features // fmt.group_size
+            lifts = self.scales[:, groups:]  # of whole rows, which do for any part of them
+            scales = torch.cat([self.scales[:, :groups].chunk(world, 1)[rank], lifts], 1)
             bias = self.bias if rank == 0 else None
         weight, scales = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (weight, scales))
         packed = replace(self.packed, weight=weight, scales=scales)

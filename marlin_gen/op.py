@@ -25,7 +25,7 @@ ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128',"
-    " int layout_version=1) -> Tensor",
+    " int layout_version=2) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
@@ -99,7 +99,7 @@ def check_operands(
             f" torch.int32 [n/64, k/64, {words}], as marlin_gen.pack returns"
         )
     n, k = weight.shape[0] * SIZE_UNIT, weight.shape[1] * SIZE_UNIT
-    expected = [n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT * fmt.scale_values]
+    expected = [n // SIZE_UNIT, fmt.scale_rows(k), SIZE_UNIT * fmt.scale_values]
     if scales.dtype not in ACT_DTYPES or list(scales.shape) != expected:
         raise ValueError(
             f"scales are {scales.dtype} {list(scales.shape)}; this {fmt.name} weight (n={n}, k={k}) needs {a.dtype}"
@@ -134,7 +134,7 @@ def _cuda(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 1,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     global _direct
     from marlin_gen import cuda_op
@@ -157,7 +157,7 @@ def _cpu(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 1,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
@@ -173,7 +173,7 @@ def _fake(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 1,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))

@@ -22,11 +22,14 @@ def random_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets) as ``pack`` takes them.
 
-    Weights are about 0.06 in size whatever the bits, and centred, but that zero points reach both ends.
+    Weights are about 0.06 in size whatever the bits, and centred, but that zero points reach both ends. Rows that have
+    lifts differ, so that those do.
     """
     made: dict[str, Any] = {"device": device, "generator": generator}
     codes = torch.randint(0, fmt.codes, (n, k), dtype=torch.uint8, **made)
     scales = (torch.rand(n, k // fmt.group_size, **made) * 0.02 + 0.005) * 16 / fmt.codes
+    if fmt.has_lifts:
+        scales *= 2.0 ** torch.randint(-1, 2, (n, 1), **made)
     if fmt.offset == "zeros":
         offsets = torch.randint(0, fmt.codes + 1, scales.shape, **made).float()
     elif fmt.offset == "fractions":

@@ -25,7 +25,7 @@ from marlin_gen import csv_rows
 from marlin_gen.config import Plan
 from marlin_gen.formats import DEFAULT_FORMAT, weight_format
 from marlin_gen.launch import Kernel, Launcher, LaunchError
-from marlin_gen.layout import PackedWeight, unpack
+from marlin_gen.layout import PackedWeight, lifts, unpack
 from marlin_gen.models import layer_shapes, load_config
 from marlin_gen.operands import ROTATE_L2S
 from marlin_gen.problem import SIZE_UNIT, Problem, words_per_tile
@@ -91,7 +91,9 @@ def random_weight(n: int, k: int, device: torch.device) -> PackedWeight:
     low, high = (torch.randint(1, fmt.codes, shape, device=device, dtype=torch.uint8) for _ in range(2))
     scales = torch.rand(n // SIZE_UNIT, k // fmt.group_size, SIZE_UNIT, device=device) * 0.8 + 0.2
     variance = ((fmt.codes - 1) ** 2 - 1) / 12 * float(scales.square().mean())
-    return PackedWeight((high << 4 | low).view(torch.int32), (scales / math.sqrt(k * variance)).half(), fmt.name)
+    scales = (scales / math.sqrt(k * variance)).half()
+    of_rows = lifts(scales.transpose(1, 2).reshape(n, -1)).view(-1, 1, SIZE_UNIT)
+    return PackedWeight((high << 4 | low).view(torch.int32), torch.cat([scales, of_rows], 1), fmt.name)
 
 
 def rotation(problems: Problems, layers: int, l2_bytes: int) -> str:

@@ -33,7 +33,7 @@ bool Call::check_weight(Format const& format) const {
   if (weight.dtype != torch.aoti_torch_dtype_int32() || weight.dim != 3 || weight.sizes[2] != format.words_per_tile) return false;
   int64_t const k = weight.sizes[1] * kSizeUnit;
   if (scales.dtype != a.dtype || scales.dim != 3 || scales.sizes[0] != weight.sizes[0]) return false;
-  if (scales.sizes[1] != k / format.group_size || scales.sizes[2] != kSizeUnit * format.scale_values) return false;
+  if (scales.sizes[1] != k / format.group_size + format.lift_rows || scales.sizes[2] != kSizeUnit * format.scale_values) return false;
   return weight.contiguous && scales.contiguous && weight.aligned() && scales.aligned() && weight.on_device_of(a) &&
          scales.on_device_of(a);
 }

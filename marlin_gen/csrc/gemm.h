@@ -12,7 +12,7 @@ namespace marlin_gen {
 
 // How many int32 words and scales a packed weight has: a row of Python's FORMATS.
 struct Format {
-  int32_t group_size, scale_values, words_per_tile;
+  int32_t group_size, scale_values, lift_rows, words_per_tile;
 };
 
 constexpr int kMaxFormats = 256;

@@ -136,20 +136,21 @@ class WgmmaFamily:
     def _work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
         """What the busiest SM does, in multiply-adds, as far as that orders the defaults.
 
-        Its constants are fitted to the H100's recording and to ten shapes tuned apart (2 % from the best in the mean
-        over m >= 32, in the 67 of 68 cells that tell): a token tile costs as much as 27 tokens more (decoding), with
-        whole numbers 20 and a tenth of the tile (scaling); a tile
-        of 64 features is 1.42 times slower than two side by side, with two rings 1.17 times; stripes cost 1.25 times
-        what they hold; to split a tile costs 3500 k of it, over a cluster 800.
+        Its constants are fitted to the recordings of an H100 and an H200 and to ten shapes tuned apart (0.4 % from the
+        best of all defaults in the mean over m >= 32, 6 % at worst): a token tile costs as much as 27 tokens more
+        (decoding), with whole numbers 22 and three tenths of the tile (scaling), where rows have no lifts 20 and one;
+        a tile of 64 features is 1.42 times slower than two side by side, with two rings 1.17 times; stripes cost 1.2
+        times what they hold; to split a tile costs 3500 k of it, over a cluster 800.
         """
         c = config
         slower = 1.0 if c.block_n > 64 else 1.17 if c.a_stages else 1.42
-        tokens = c.block_m + 27 if c.dequant == "exact" else 1.1 * c.block_m + 20
+        deferred = (1.3, 22) if weight_format(problem.weight_format).has_lifts else (1.1, 20)
+        tokens = c.block_m + 27 if c.dequant == "exact" else deferred[0] * c.block_m + deferred[1]
         tile = c.block_n * tokens * problem.k * c.blocks_per_sm * slower
         sums = c.block_n * c.block_m
         waves = self.num_tiles(c, problem) / (num_sms * c.blocks_per_sm // c.cluster_size)
         if c.partition == "striped":
-            return waves * tile * 1.25 + 3500 * sums
+            return waves * tile * 1.2 + 3500 * sums
         if c.partition == "clusterk":
             return math.ceil(waves) * (tile / c.cluster_size + 800 * sums)
         return math.ceil(waves) * tile

@@ -32,7 +32,7 @@ def tune(
     study_path: Path | None = None,
     options: TuneOptions | None = None,
     candidates: Sequence[KernelConfig] | None = None,
-    winners_elsewhere: Sequence[Plan] = (),
+    winners_elsewhere: Mapping[Problem, Sequence[Plan]] | None = None,
     build: Build | None = None,
     versions: Mapping[str, str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -40,15 +40,16 @@ def tune(
     """Search until ``options`` say stop, then time the finalists. Resumes whatever ``log_path`` holds.
 
     ``study_path``: the Optuna journal to keep for watching. ``candidates``: search these only (default: the whole
-    legal space; a replay passes ``recording.configs()``). ``winners_elsewhere``: plans of a table of the same or a
-    related GPU, tried early. ``build``: how specs become artifacts (default: ninja on all cores). ``versions``: what
-    else makes old times incomparable, such as the templates' digest; a log made with others is refused.
+    legal space; a replay passes ``recording.configs()``). ``winners_elsewhere``: each problem's plans in tables of the
+    same or a related GPU, tried early, and timed for it whatever the cost model thinks. ``build``: how specs become
+    artifacts (default: ninja on all cores). ``versions``: what else makes old times incomparable, such as the
+    templates' digest; a log made with others is refused.
 
     Ctrl-C ends the search and returns what was found; the log is resumable, as after a kill. Raises ValueError for
     problems that cannot be tuned together or a log of another GPU, OSError naming the file when the disk is full.
     """
     started = time.monotonic()
-    options = options or TuneOptions()
+    options, elsewhere = options or TuneOptions(), winners_elsewhere or {}
     problems = check_problems(problems)
     gpu, first = measurer.gpu, problems[0]
     fmt = weight_format(first.weight_format)
@@ -65,10 +66,10 @@ def tune(
         journal = Journal(study_path, space) if study_path else None
         seeds = {
             "default": _defaults(problems, gpu),
-            "winner elsewhere": [plan.config for plan in winners_elsewhere],
+            "winner elsewhere": [plan.config for plans in elsewhere.values() for plan in plans],
             "other default": [c for family in FAMILIES.rows.values() for c in family.defaults(gpu.arch, fmt)],
         }
-        tuner = Tuner(problems, space, measurer, log, journal, ahead, seeds, options, on_progress, started)
+        tuner = Tuner(problems, space, measurer, log, journal, ahead, seeds, elsewhere, options, on_progress, started)
         rounds = {}
         try:
             stopped = tuner.search()

@@ -38,7 +38,8 @@ class Tuner:
 
     def __init__(
         self, problems: Sequence[Problem], candidates: Candidates, measurer: Measurer, log: MeasurementLog,
-        journal: Journal | None, ahead: CompileAhead, seeds: Mapping[str, Sequence[KernelConfig]], options: TuneOptions,
+        journal: Journal | None, ahead: CompileAhead, seeds: Mapping[str, Sequence[KernelConfig]],
+        elsewhere: Mapping[Problem, Sequence[Plan]], options: TuneOptions,
         on_progress: Callable[[Progress], None] | None, started: float,
     ) -> None:  # fmt: skip
         self.problems, self.candidates, self.options = problems, candidates, options
@@ -57,8 +58,9 @@ class Tuner:
         self._on_progress = on_progress
         self._started = started
         self._searching_since = time.monotonic()
-        # What would run without a table is timed there, whatever the model thinks.
-        self._default = {problem: default_plan(problem, measurer.gpu) for problem in problems}
+        # What runs without a table, or won in another, is timed there, whatever the model thinks.
+        expected = {p: (*elsewhere.get(p, ()), default_plan(p, measurer.gpu)) for p in problems}
+        self._expected = {p: {plan.config: plan for plan in plans} for p, plans in expected.items()}
 
     def search(self) -> str:
         """Run until a limit is reached; returns which. KeyboardInterrupt passes through, with all state kept."""
@@ -160,14 +162,13 @@ class Tuner:
         for j in order:
             problem = self.problems[j]
             plans = self._plans(config, problem)
-            default = self._default[problem]
-            is_default = default.config == config
+            expected = self._expected[problem].get(config)
             # One timing at least: next to the compilation it costs nothing, and it corrects a model too sure of itself.
-            worthwhile = is_first or is_default or self._promise(config)[j] <= self.model.gate(self.options.gate)[j]
+            worthwhile = is_first or expected or self._promise(config)[j] <= self.model.gate(self.options.gate)[j]
             if not plans or not worthwhile:
                 continue
             is_first = False
-            first = default if is_default else plans[len(plans) // 2]
+            first = expected or plans[len(plans) // 2]
             for plan in (first, *(p for p in plans if p != first)):
                 row = self._time(artifact, plan, problem)
                 if row is not None:

@@ -30,7 +30,7 @@ FMT = FORMATS["u4b8g128"]
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = tuple(2**i for i in range(13))
 OTHER_COSTS = cost_model.Costs(
-    launch_us=2.3, latency_us=0.7, exact_alu=3.2, mma_stage=450.0, wgmma_stage=170.0, fixup=8000.0
+    launch_us=2.3, latency_us=0.7, exact_alu=3.2, lifted_alu=2.3, mma_stage=450.0, wgmma_stage=170.0, fixup=8000.0
 )
 
 

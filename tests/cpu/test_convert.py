@@ -23,7 +23,7 @@ import marlin_gen.hf  # noqa: F401 - registers the method
 from marlin_gen.cli.root import main
 from marlin_gen.convert import convert
 from marlin_gen.convert.shard import ShardWriter, is_intact
-from marlin_gen.layout import PackedWeight, unpack
+from marlin_gen.layout import LAYOUT_VERSION, PackedWeight, unpack
 from marlin_gen.reference import dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_every_layer_exactly_and_everything_else_as_it_was(tmp_path, method, sha
         if name in report.unheld:
             assert torch.equal(found.pop(f"{name}.weight"), weight.dequantize().half())
             continue
-        assert int(found.pop(f"{name}.layout_version")) == 1
+        assert int(found.pop(f"{name}.layout_version")) == LAYOUT_VERSION
         packed = PackedWeight(found.pop(f"{name}.weight"), found.pop(f"{name}.scales"), report.formats[name])
         assert report.formats[name] == "u4zg64" or floating_zeros
         assert torch.equal(dequantize(*unpack(packed), packed.weight_format), weight.dequantize().half())

@@ -26,7 +26,7 @@ def test_weight_format_row(name):
     assert fmt.offset in OFFSETS and (0 < fmt.zero_point < fmt.codes) == (fmt.offset == "constant")
     assert fmt.group_size % SIZE_UNIT == 0 or SIZE_UNIT % fmt.group_size == 0
     n, k = 64, 2 * max(fmt.group_size, SIZE_UNIT)
-    halves = n * (k // fmt.group_size) * (2 if fmt.has_offsets else 1)
+    halves = n * (k // fmt.group_size) * (2 if fmt.has_offsets else 1) + n * (fmt.offset == "constant")
     assert fmt.packed_bytes(n, k) * 8 == n * k * fmt.bits + halves * 16
 
 

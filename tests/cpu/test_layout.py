@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from marlin_gen import operands
 from marlin_gen.formats import DEFAULT_FORMAT, FORMATS, LAYOUT_VERSION, WeightFormat
-from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack, unpack
+from marlin_gen.layout import SCALE_DTYPES, PackedWeight, lifts, pack, unpack
 from marlin_gen.reference import dequantize, gemm_reference, quantize
 
 # code of a lane -> (row, k) for lane group g and thread t, word for word from the module's tables.
@@ -82,6 +82,37 @@ def test_scales_of_a_lane_are_adjacent(fmt):
                     else:
                         lane = packed.scales[tile, group, block * 16 + 2 * g : block * 16 + 2 * g + 2].tolist()
                         assert lane == [scales[row, group].item(), scales[row + 8, group].item()]
+
+
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+def test_lifts_stand_behind_the_scales_in_their_order(fmt, dtype):
+    k = 2 * max(fmt.group_size, 64)
+    codes, scales = random_weight(128, k, fmt, dtype=dtype)
+    packed = pack(codes, scales, fmt.name)
+    assert packed.scales.shape[1] == k // fmt.group_size + fmt.has_lifts == fmt.scale_rows(k)
+    if fmt.has_lifts:
+        of_rows = lifts(scales)
+        largest = scales.float().abs().amax(1) * of_rows.float()
+        is_most = (of_rows == 2**15) & (dtype == torch.float16)  # fp16 has no larger one
+        assert bool(((largest < 16) & ((largest >= 8) | is_most)).all()) and len(set(of_rows.tolist())) > 1
+        for row in range(128):
+            place = row % 64 // 16 * 16 + row % 8 * 2 + row % 16 // 8
+            assert packed.scales[row // 64, -1, place] == of_rows[row]
+
+
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+def test_lifts_are_powers_of_two_for_scales_of_any_size(dtype):
+    info = torch.finfo(dtype)
+    tiny = info.smallest_normal * info.eps  # subnormal
+    odd = float("inf"), float("nan")
+    values = [0.0, tiny, info.tiny, 1e-3, 0.7, 1.0, 15.99, 16.0, 300.0, min(info.max, 2.0**121), *odd]
+    scales = torch.tensor([[value, 0.0] for value in values] + [[0.01, -0.4]], dtype=dtype)
+    found = lifts(scales).double()
+    assert bool((found == 2.0 ** found.log2().round()).all()) and bool(found.isfinite().all())
+    assert found[[0, -3, -2]].tolist() == [1, 1, 1]  # nothing, or nothing finite, to lift
+    assert (found[-1] * 0.4).item() == pytest.approx(12.8, rel=0.01)
+    lifted = found[1:-3] * scales[1:-3, 0].double()
+    assert float(lifted.max()) * 2.0 ** (12 if dtype == torch.float16 else 40) <= info.max  # what kernels multiply by
 
 
 @settings(max_examples=25, deadline=None)

@@ -150,11 +150,11 @@ BAD = {
         r"\[128, 256\]; the packed layout of u4b8g128 is .*512",
     ),
     "scales dtype": (lambda o: o.update(scales=o["scales"].float()), ValueError, r"torch.float32 .* torch.float16"),
-    "scales not packed": (lambda o: o.update(scales=SCALES), ValueError, r"\[128, 2\]; .*n=128, k=256.* \[2, 2, 64\]"),
+    "scales not packed": (lambda o: o.update(scales=SCALES), ValueError, r"\[128, 2\]; .*n=128, k=256.* \[2, 3, 64\]"),
     "layout version": (
-        lambda o: o.update(layout_version=2),
+        lambda o: o.update(layout_version=1),
         ValueError,
-        "layout_version=2 is not 1; pack the original",
+        "layout_version=1 is not 2; pack the original",
     ),
     "weight format": (
         lambda o: o.update(weight_format="u3"),

@@ -330,9 +330,24 @@ def test_tells_its_progress(recording: Recording, tmp_path: Path) -> None:
 
 def test_winners_elsewhere_are_tried_in_the_first_batches(recording: Recording, tmp_path: Path) -> None:
     plan = Plan(recording.configs()[-1])
-    run(recording, tmp_path, winners_elsewhere=[plan], options=replace(OPTIONS, trials=30))
+    run(recording, tmp_path, winners_elsewhere={CELLS[0]: [plan]}, options=replace(OPTIONS, trials=30))
     proposals = [p for batch in load_recording(tmp_path / "log").batches for p in batch]
     assert [p.source for p in proposals if p.config == plan.config] == ["winner elsewhere"]
+
+
+def test_winners_elsewhere_are_timed_for_their_problem_however_poor_they_seem(
+    recording: Recording, tmp_path: Path
+) -> None:
+    for name in ("alone", "with it"):
+        (tmp_path / name).mkdir()
+    run(recording, tmp_path / "alone")
+    was = {(m.plan.config, m.problem) for m in load_recording(tmp_path / "alone/log").measurements}
+    tried = {config for config, _ in was}
+    skipped = [m for m in recording.measurements if m.ok and m.plan.config in tried]
+    poorest = max((m for m in skipped if (m.plan.config, m.problem) not in was), key=lambda m: m.us or 0)
+    run(recording, tmp_path / "with it", winners_elsewhere={poorest.problem: [poorest.plan]})
+    rows = load_recording(tmp_path / "with it/log").measurements
+    assert poorest.plan in {m.plan for m in rows if m.problem == poorest.problem}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ struct Config {
   static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
+  static constexpr int kLiftRows = 1;
 
   // What the host decided: asserted below against what the kernel needs.
   static constexpr int kThreads = 256;
@@ -192,7 +193,7 @@ struct Loader {
   __device__ __forceinline__ void start_pass() {
     step = 0;
     k_begin = share.first_step * Config::kBlockK;
-    u32 const tile_row_bytes = share.k / kSliceK * kTileBytes, tile_row_scales = share.k / Config::kGroupSize * kTileScaleBytes;
+    u32 const tile_row_bytes = share.k / kSliceK * kTileBytes, tile_row_scales = (share.k / Config::kGroupSize + Config::kLiftRows) * kTileScaleBytes;
     u32 const first_tile = row_block(0) / 4;
     pass_weight = weight + u64(first_tile) * tile_row_bytes;
 #pragma unroll
@@ -289,7 +290,7 @@ __device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4],
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) Number::mma(sums[j], fragment, b[step][j][0], b[step][j][1]);
   }
-  float const scale_g = Number::low(group.scales), scale_g8 = Number::high(group.scales);
+  float const scale_g = Number::low(group.scales) * Decode::kWholeUnit, scale_g8 = Number::high(group.scales) * Decode::kWholeUnit;
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll

@@ -24,6 +24,7 @@ struct Config {
   static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
+  static constexpr int kLiftRows = 1;
 
   // What the host decided: asserted below against what the kernel needs.
   static constexpr int kThreads = 256;
@@ -57,6 +58,7 @@ namespace marlin_gen {
 
 using Number = NumberOf<Config::kIsBf16>::Type;
 using Decode = Decoder<Number, Config::kBits, Config::kOffset>;
+using Lift = Lifted<Number, Config::kBits, Config::kBits == 4 ? 8 : 128>;
 using ptx::TensorMap;
 
 constexpr int kWarpgroup = 128;                // threads
@@ -67,6 +69,8 @@ constexpr int kRanks = Config::kClusterSize;   // blocks that share a tile's k
 constexpr int kSlabs = Config::kBlockK / 64;   // a slab: 64 k, the 128 bytes that a swizzled row holds
 constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale groups of a stage
 constexpr bool kDeferred = Config::kDequant == Dequant::kDeferred;
+constexpr bool kLifted = !kDeferred && Config::kLiftRows == 1;
+__device__ __forceinline__ int scale_rows(int k) { return k / Config::kGroupSize + Config::kLiftRows; }  // of a row tile
 constexpr int kQuads = Config::kBlockM / 8;    // accumulator quads of a thread: rows g, g + 8 by two tokens, per 8 tokens
 constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stores
 constexpr int kStages = Config::kNumStages;
@@ -286,7 +290,7 @@ struct Weights {
       // Past the last feature tile the last is loaded again; it is not stored.
       u32 const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
       u32 const weight_tile = row * u32(k / 64) + u32(block) * kSlabs;
-      u32 const scale_tile = row * u32(k / Config::kGroupSize) + u32(block * Config::kBlockK / Config::kGroupSize);
+      u32 const scale_tile = row * u32(scale_rows(k)) + u32(block * Config::kBlockK / Config::kGroupSize);
       ptx::cp_async_bulk_load(stage + row_tile * kSlabs * kWeightTileBytes, weight + u64(weight_tile * (kWeightTileBytes / 16)) * 16,
                               kSlabs * kWeightTileBytes, full, policy);
       ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes, scales + u64(scale_tile * (kScaleTileBytes / 16)) * 16,
@@ -414,10 +418,27 @@ struct Consumer {
   Barriers barriers;
   int row_tile, split, thread, warp, lane;  // thread and warp inside the warpgroup
   int loaded = 0;                           // stages that the producer has filled for the pieces so far
+  u32 lifts = 0;                            // of this lane's rows g and g + 8
 
   float sums[kQuads * 4];
   u32 fragments[2][kSlabs * 4][4];
   float group_sums[kGroups][kQuads * 4], group_scales[2][kGroups][2];  // deferred: of a stage; scales of rows g and g + 8
+
+  // The lifts of what `walk` comes to next, read long before they are needed.
+  __device__ __forceinline__ u32 next_lifts(Walk walk, TileOrder const& order, Weights const& weights) const {
+    Piece piece;
+    if (!kLifted || !walk.next(piece)) return 0;
+    int tile_m, tile_n;
+    order.locate(piece.tile, tile_m, tile_n);
+    u32 const row = min(tile_n * kRowTiles + row_tile, weights.n / 64 - 1), rows = scale_rows(weights.k);
+    return reinterpret_cast<u32 const*>(weights.scales)[(u64(row) * rows + rows - 1) * 32 + warp * 8 + lane / 4];
+  }
+
+  __device__ __forceinline__ typename Decode::Group load_group(u32 address) const {
+    typename Decode::Group group = Decode::Group::load(address);
+    if constexpr (kLifted) group = Lift::lift(group, lifts);
+    return group;
+  }
 
   // fragments[kBuffer] = the decoded weights of a stage: 64 rows by kBlockK.
   template <int kBuffer>
@@ -430,16 +451,19 @@ struct Consumer {
       u32 words[4 * Decode::kWords];
       load_words<Decode::kWords>(words, weights + slab * kWeightTileBytes);
       int const group_index = slab * 64 / Config::kGroupSize;
-      typename Decode::Group group = Decode::Group::load(scales + group_index * kScaleTileBytes);
+      typename Decode::Group group = load_group(scales + group_index * kScaleTileBytes);
       if constexpr (kDeferred) {
-        group_scales[kBuffer][group_index][0] = Number::low(group.scale_g), group_scales[kBuffer][group_index][1] = Number::low(group.scale_g8);
+        float(&scale)[2] = group_scales[kBuffer][group_index];
+        scale[0] = Number::low(group.scale_g) * Decode::kWholeUnit, scale[1] = Number::low(group.scale_g8) * Decode::kWholeUnit;
       }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        if (Config::kGroupSize == 32 && step == 2) group = Decode::Group::load(scales + (slab * 2 + 1) * kScaleTileBytes);
+        if (Config::kGroupSize == 32 && step == 2) group = load_group(scales + (slab * 2 + 1) * kScaleTileBytes);
         u32(&fragment)[4] = fragments[kBuffer][slab * 4 + step];
         if constexpr (kDeferred) {
           Decode::centred(words + step * Decode::kWords, group, fragment);
+        } else if constexpr (kLifted) {
+          Lift::exact(words + step * Decode::kWords, group, fragment);
         } else {
           Decode::exact(words + step * Decode::kWords, group, fragment);
         }
@@ -651,9 +675,12 @@ struct Consumer {
   // The first kStoreQuads quads to C, through a swizzled box: token `y`, feature `x` of its corner.
   __device__ __forceinline__ void store(TensorMap const& c_map, u16 const* bias, int x, int y, int n) {
     f32x4 const of_rows = bias_of(x < n ? bias : nullptr, x);
+    float const factor_g = kLifted ? Lift::factor(Number::low(lifts)) : 1.f, factor_g8 = kLifted ? Lift::factor(Number::high(lifts)) : 1.f;
     u32 numbers[kStoreQuads][2];  // made before the barrier, while it is waited for
 #pragma unroll
     for (int j = 0; j < kStoreQuads; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4 && kLifted; ++i) sums[4 * j + i] *= i < 2 ? factor_g : factor_g8;
       add(j, of_rows);
       numbers[j][0] = Number::pack(sums[4 * j], sums[4 * j + 1]), numbers[j][1] = Number::pack(sums[4 * j + 2], sums[4 * j + 3]);
     }
@@ -718,15 +745,17 @@ wgmma_m16n64k256_w4x1_s12_b1_c1_tiles_exact_u4b8g128_f16(__grid_constant__ marli
       produce<false, true>(a, weights, order, walk, smem, barriers);
     }
   } else {
-    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    barriers.ready_sync();
     int const consumer = warpgroup - 1, thread = threadIdx.x % kWarpgroup;
     Consumer self{smem, barriers, consumer % kRowTiles, consumer / kRowTiles, thread, thread / 32, thread % 32};
+    u32 lifts = self.next_lifts(walk, order, weights);  // before a producer has given registers away, which takes longer
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    barriers.ready_sync();
     if (dependent) ptx::griddepcontrol_wait();  // before anything is written
     int pieces = 0;
     for (Piece piece; walk.next(piece); ++pieces) {
       int tile_m, tile_n;
       order.locate(piece.tile, tile_m, tile_n);
+      self.lifts = lifts, lifts = self.next_lifts(walk, order, weights);
       self.mainloop(piece.count);
       self.reduce_splits();
       if (!self.is_collector()) continue;

@@ -9,9 +9,11 @@
 //   row     g     g    g+8   g+8  |  g     g    g+8   g+8
 //   k      2t   2t+1   2t   2t+1  | 2t+8  2t+9  2t+8  2t+9
 //
-// A code becomes a number by or-ing it into the mantissa of a power of two whose last bit counts 1 (or 1/16 and the code four bits
-// higher): 1024 of fp16, 128 of bf16, 2^23 of fp32. That power is subtracted, together with the zero point where it is whole,
-// before the scale is applied: (1024 + q) * s - 1032 * s would round 1032 * s, an error of up to half a quantisation step.
+// A code becomes a number in one of two ways. Or-ed into the mantissa of a power of two whose last bit counts 1 (or 1/16 and the code four
+// bits higher), 1024 of fp16 or 128 of bf16, that power is subtracted, together with the zero point where it is whole, before the scale is
+// applied: (1024 + q) * s - 1032 * s would round 1032 * s, an error of up to half a quantisation step. Alone in the mantissa it is a
+// subnormal number, the code times the type's least; one multiply-add lifts it and subtracts the zero point. bf16 has the range for that;
+// fp16 does where each row has a lift (layout.py): `Lifted`.
 #pragma once
 #include "marlin_gen/number.cuh"
 #include "marlin_gen/ptx/half.cuh"
@@ -53,11 +55,22 @@ __device__ __forceinline__ u32 apply(u32 q, u32 scale, u32 offset) {
   return kOffset == Offset::kMinima ? Number::fma(q, scale, offset) : Number::mul(Number::sub(q, offset), scale);
 }
 
-// Weights of fragment values, rows g and g + 8 by turns.
-template <class Number, class Group>
-__device__ __forceinline__ void scale(u32 (&fragment)[4], Group group) {
+// Weights of whole numbers over kWholeUnit, rows g and g + 8 by turns.
+template <class Number, int kWholeUnit, class Group>
+__device__ __forceinline__ void scale_whole(u32 (&fragment)[4], Group group) {
+  static_assert(kWholeUnit == 1 || kWholeUnit == 64);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) fragment[i] = Number::mul(fragment[i], i % 2 ? group.scale_g8 : group.scale_g);
+  for (int i = 0; i < 4; ++i) {
+    u32 const scale = i % 2 ? group.scale_g8 : group.scale_g;
+    fragment[i] = Number::mul(fragment[i], kWholeUnit == 1 ? scale : Number::mul(scale, Number::power(6)));
+  }
+}
+
+// Codes of a block alone in the mantissas of fragment `i`, which are subnormal numbers: times 2^kUnit, 4-bit codes of rows g + 8 another 16 times.
+template <int kBits>
+__device__ __forceinline__ u32 subnormal(u32 const* word, int i) {
+  if constexpr (kBits == 4) return (i < 2 ? word[0] : word[0] >> 8) & (i % 2 ? 0x00f000f0 : 0x000f000f);
+  return ptx::prmt(word[i / 2], 0, i % 2 ? 0x5352 : 0x5150);
 }
 
 // Whether what is subtracted from codes is a whole number, so that the difference is exact.
@@ -66,10 +79,45 @@ constexpr bool is_whole(Offset offset) { return offset == Offset::kConstant || o
 template <class Number, int kBits, Offset kOffset>
 struct Decoder;
 
+// Formats about a constant zero point decoded with their scales by one multiply-add a pair: 9 instructions for 8 weights of 4 bits, 8 of 8
+// bits. It rounds once, to the weight: zero point times scale, a power of two times the scale, is exact. Weights come out times
+// 2^(kUnit + kLift) and their row's lift, which `factor` undoes in the sums. A lift brings a row's largest scale below 16, so that 2^kLift
+// times it is finite; in fp16 groups with a scale down to a 64th of that have normal numbers, and for each halving below weights lose a bit.
+template <class Number, int kBits, int kZeroPoint>
+struct Lifted {
+  static constexpr int kHigh = kBits == 4 ? 4 : 0;  // how many bits higher the codes of rows g + 8 lie in a number
+  static_assert(kZeroPoint == 8 || kZeroPoint == 128);
+
+  // What the codes of rows g and g + 8 are multiplied by, and what is added. `lifts`: those of the two rows.
+  template <class Group>
+  __device__ static __forceinline__ Group lift(Group group, u32 lifts) {
+    constexpr int kZeroExponent = Number::kUnit + Number::kLift + (kZeroPoint == 8 ? 3 : 7);
+    u32 const scales = Number::mul(group.scales, lifts);
+    u32 const g = ptx::duplicate_low(scales), g8 = ptx::duplicate_high(scales), minus_zero = Number::power(kZeroExponent) | 0x80008000;
+    return {scales, Number::mul(g, Number::power(Number::kLift)), Number::mul(g8, Number::power(Number::kLift - kHigh)),
+            Number::mul(g, minus_zero), Number::mul(g8, minus_zero)};
+  }
+
+  template <class Group>
+  __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 const codes = subnormal<kBits>(word, i);
+      fragment[i] = i % 2 ? Number::fma(codes, group.scale_g8, group.offset_g8) : Number::fma(codes, group.scale_g, group.offset_g);
+    }
+  }
+
+  // What the sums of a row with this lift, a power of two, are multiplied by.
+  __device__ static __forceinline__ float factor(float lift) {
+    constexpr float kScale = Number::kIsBf16 ? 0x1p93f : 0x1p12f;  // 2^-(kUnit + kLift)
+    return __uint_as_float(0x7f000000 - __float_as_uint(lift)) * kScale;
+  }
+};
+
 template <Offset kOffset>
 struct Decoder<F16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1, kZeroPoint = 8;
+  static constexpr int kWords = 1, kZeroPoint = 8, kWholeUnit = 1;
   static constexpr u32 kLowMask = 0x000f000f, kHighMask = 0x00f000f0;
   static constexpr u32 kExponent = 0x64006400, kMinusHigh = 0xd400d400;  // 1024, and -64 = -(1024 / 16)
   static constexpr u32 kCentre = 0x64086408, kMinusHighCentre = 0xd480d480;  // 1032, and -72 = -(64 + 8)
@@ -79,7 +127,7 @@ struct Decoder<F16, 4, kOffset> {
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     if constexpr (is_whole(kOffset)) {
       centred(word, group, fragment);
-      scale<F16>(fragment, group);
+      scale_whole<F16, kWholeUnit>(fragment, group);
     } else {
       u32 q[4];
       raw(word, q);
@@ -112,19 +160,17 @@ struct Decoder<F16, 4, kOffset> {
   }
 };
 
-// bf16 has 7 mantissa bits: there is no room for codes four bits higher, so each nibble pair is shifted down.
 template <Offset kOffset>
 struct Decoder<Bf16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1, kZeroPoint = 8;
-  static constexpr u32 kMask = 0x000f000f, kExponent = 0x43004300;            // 128
-  static constexpr u32 kMinusExponent = 0xc300c300, kMinusCentre = 0xc308c308;  // -128, and -136 = -(128 + 8)
+  static constexpr int kWords = 1, kZeroPoint = 8, kWholeUnit = 64;
+  static constexpr u32 kMask = 0x000f000f, kExponent = 0x43004300, kMinusExponent = 0xc300c300;  // 128, -128
 
-  // 15 instructions for 8 weights; with fractions 19.
+  // 13 instructions for 8 weights; with fractions 19.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     if constexpr (is_whole(kOffset)) {
       centred(word, group, fragment);
-      scale<Bf16>(fragment, group);
+      scale_whole<Bf16, kWholeUnit>(fragment, group);
     } else {
       u32 q[4];
       raw(word, q);
@@ -136,17 +182,18 @@ struct Decoder<Bf16, 4, kOffset> {
     }
   }
 
-  // fragment[i] = code - zero point: 11 instructions for 8 weights.
+  // fragment[i] = (code - zero point) / kWholeUnit: 9 instructions for 8 weights.
   __device__ static __forceinline__ void centred(u32 const* word, Group group, u32 (&fragment)[4]) {
-    raw(word, fragment);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      u32 const offset = i % 2 ? group.offset_g8 : group.offset_g;
-      fragment[i] = Bf16::add(fragment[i], kOffset == Offset::kZeros ? offset : kMinusCentre);
+      // (128 - (128 + z)) / 64 of a zero point of its own.
+      u32 const own = Bf16::fma(i % 2 ? group.offset_g8 : group.offset_g, Bf16::power(-6), Bf16::power(1));
+      u32 const offset = kOffset == Offset::kZeros ? own : Bf16::power(3 - 6) | 0x80008000;
+      fragment[i] = Bf16::fma(subnormal<4>(word, i), Bf16::power(127 - i % 2 * 4), offset);
     }
   }
 
-  // fragment[i] = 128 + code: 7 instructions for 8 weights.
+  // fragment[i] = 128 + code: 7 instructions for 8 weights. Beside 7 mantissa bits there is no room for codes four bits higher.
   __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = ptx::lop3_and_or(word[0] >> 4 * i, kMask, kExponent);
@@ -156,13 +203,13 @@ struct Decoder<Bf16, 4, kOffset> {
 template <>
 struct Decoder<F16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2, kZeroPoint = 128;
+  static constexpr int kWords = 2, kZeroPoint = 128, kWholeUnit = 1;
   static constexpr u32 kExponent = 0x64006400, kCentre = 0x64806480;  // 1024, 1152 = 1024 + 128
 
   // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     centred(word, group, fragment);
-    scale<F16>(fragment, group);
+    scale_whole<F16, kWholeUnit>(fragment, group);
   }
 
   // fragment[i] = code - 128: 8 instructions for 8 weights.
@@ -179,33 +226,21 @@ struct Decoder<F16, 8, Offset::kConstant> {
   }
 };
 
-// bf16 holds -128 .. 127 but no code beside an offset: codes go through fp32, where their product with the scale is exact.
 template <>
 struct Decoder<Bf16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2, kZeroPoint = 128;
-  static constexpr u32 kExponent = 0x4b000000;       // 2^23
-  static constexpr float kCentre = 8388608.f + 128.f;
+  static constexpr int kWords = 2, kZeroPoint = 128, kWholeUnit = 64;
 
-  // 28 instructions for 8 weights.
+  // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float const scale = Bf16::low(i % 2 ? group.scale_g8 : group.scale_g);
-      fragment[i] = Bf16::pack(signed_code(word[i / 2], i % 2 * 2) * scale, signed_code(word[i / 2], i % 2 * 2 + 1) * scale);
-    }
+    centred(word, group, fragment);
+    scale_whole<Bf16, kWholeUnit>(fragment, group);
   }
 
-  // fragment[i] = code - 128: 20 instructions for 8 weights.
-  __device__ static __forceinline__ void raw(u32 const* word, u32 (&fragment)[4]) {
+  // fragment[i] = (code - 128) / kWholeUnit: 8 instructions for 8 weights.
+  __device__ static __forceinline__ void centred(u32 const* word, Group, u32 (&fragment)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = Bf16::pack(signed_code(word[i / 2], i % 2 * 2), signed_code(word[i / 2], i % 2 * 2 + 1));
-  }
-  __device__ static __forceinline__ void centred(u32 const* word, Group, u32 (&fragment)[4]) { raw(word, fragment); }
-
- private:
-  __device__ static __forceinline__ float signed_code(u32 word, int byte) {
-    return __uint_as_float(ptx::prmt(word, kExponent, 0x7650 | byte)) - kCentre;
+    for (int i = 0; i < 4; ++i) fragment[i] = Bf16::fma(subnormal<8>(word, i), Bf16::power(127), Bf16::power(7 - 6) | 0x80008000);
   }
 };
 

@@ -65,7 +65,7 @@ def packed(n: int = N, k: int = K, fmt: str = "u4b8g128") -> PackedWeight:
     """Random words: nothing is decoded here."""
     row = FORMATS[fmt]
     weight = torch.randint(0, 1 << 30, (n // 64, k // 64, 128 * row.bits), dtype=torch.int32)
-    return PackedWeight(weight, torch.rand(n // 64, k // row.group_size, 64 * row.scale_values).half(), fmt)
+    return PackedWeight(weight, torch.rand(n // 64, row.scale_rows(k), 64 * row.scale_values).half(), fmt)
 
 
 def activations(*shape: int) -> torch.Tensor:
