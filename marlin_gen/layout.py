@@ -54,7 +54,9 @@ class PackedWeight:
     """A weight B (n, k) as kernels read it. Both tensors are contiguous and on one device."""
 
     weight: torch.Tensor  # int32 [n / 64, k / 64, 512 or, of 8 bits, 1024]
-    scales: torch.Tensor  # f16 or bf16, as activations: [n / 64, fmt.scale_rows(k), 64 or, with offsets, 128]
+    # f16 or bf16, as activations: [n / 64, fmt.scale_rows(k), 64 or, with offsets, 128]. Whoever changes a scale must
+    # change its row's lift.
+    scales: torch.Tensor
     weight_format: str = DEFAULT_FORMAT
     layout_version: int = LAYOUT_VERSION
     # int64 [k], of a weight in act-order: which input feature each of its columns multiplies. None: their own.
@@ -138,13 +140,12 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
 def lifts(scales: torch.Tensor) -> torch.Tensor:
     """Of scales [n, groups] each row's power of two [n], in their type, that brings its largest into [8, 16).
 
-    Where the type has none so large, or decoding no room for it, the nearest that it has (bf16: scales below 2^122);
-    1 for rows without a scale.
+    From 2^-12 to 2^15, which both types hold, so that a layer may be converted from one to the other. That is enough
+    for every scale of f16; in bf16 weights are exact for scales from 2^-48 to 2^100. 1 for rows without a finite scale.
     """
-    least, most = (-12, 15) if scales.dtype == torch.float16 else (-34, 50)
     largest = scales.abs().amax(1).float()
-    exponent = 4 - torch.frexp(largest).exponent
-    exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0).clamp(least, most)
+    exponent = (4 - torch.frexp(largest).exponent).clamp(-12, 15)
+    exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0)
     return torch.ldexp(torch.ones_like(largest), exponent).to(scales.dtype)
 
 

@@ -14,7 +14,7 @@ from emulation import COPIES, EmulatedKernel, needs_gxx, random_problem, relativ
 from marlin_gen.config import KernelConfig
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.layout import PackedWeight, pack
-from marlin_gen.reference import dequantize
+from marlin_gen.reference import dequantize, gemm_reference
 
 pytestmark = needs_gxx
 
@@ -151,22 +151,25 @@ def test_every_kind_of_number(weight_format: str, act_dtype: str, tmp_path: Path
 @pytest.mark.parametrize("weight_format", ["u4b8g64", "u8b128g64"])
 @pytest.mark.parametrize("key", [TILES, "wgmma-m16n128k128-w8x1-s2-b1-c2-clusterk-exact", STRIPED, DEFERRED])
 def test_scales_of_any_size(key: str, weight_format: str, act_dtype: str, tmp_path: Path) -> None:
-    """Every row by itself: of scales from the type's least to 2^7, groups 2^-9 of the row's largest, and zeros."""
+    """Every row by itself: of scales from 2^-14 (f16) or 2^-36 to 2^7, groups 2^-9 of the row's largest, and zeros."""
     dtype = getattr(torch, DTYPES[act_dtype].torch_name)
     n, k, fmt = 192, 1024, FORMATS[weight_format]
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(0, fmt.codes, (n, k), dtype=torch.uint8, generator=generator)
-    of_rows = 2.0 ** torch.linspace(-14 if act_dtype == "f16" else -60, 7, n)[torch.randperm(n, generator=generator)]
+    of_rows = 2.0 ** torch.linspace(-14 if act_dtype == "f16" else -36, 7, n)[torch.randperm(n, generator=generator)]
     of_groups = 2.0 ** torch.randint(-9, 1, (n, k // fmt.group_size), generator=generator)
     scales = (of_rows[:, None] * of_groups * (1 + torch.rand(of_groups.shape, generator=generator) / 2)).to(dtype)
     scales[70], scales[71] = 0, scales[71] * -1
     a = torch.randn(20, k, generator=generator).to(dtype) / 512
     kernel = EmulatedKernel(KernelConfig.from_key(key), tmp_path, weight_format=weight_format, act_dtype=act_dtype)
     c = kernel(a, pack(codes, scales, weight_format), 2, seed=1, copies="anytime").float()
-    reference = a.float() @ dequantize(codes, scales, weight_format, torch.float32).T
+    reference = gemm_reference(a, codes, scales, weight_format)
     least = torch.finfo(dtype).tiny * (k // 64) ** 0.5  # of outputs and weights that are subnormal
     error = (c - reference).norm(dim=0) / (reference.norm(dim=0) + least)
     assert float(error.max()) < 2 * DTYPES[act_dtype].error_limit and not c[:, 70].any()
+    rounded = (a.float() @ dequantize(codes, scales, weight_format).float().T).to(dtype).float()
+    of_rounded = (rounded - reference).norm(dim=0) / (reference.norm(dim=0) + least)
+    assert error.norm() < 1.1 * of_rounded.norm(), "as exact as cuBLAS with the rounded weight"
 
 
 @pytest.mark.parametrize("act_dtype", DTYPES)

@@ -39,6 +39,17 @@ def test_close_to_the_float_layer_in_every_format(weight_format):
     assert (layer(x.half()).float() - exact).norm() / exact.norm() < 0.12
 
 
+def test_lifts_survive_a_change_of_type_and_a_new_layer_has_ones():
+    """Kernels divide by them: they must be powers of two whatever became of the layer."""
+    tiny = linear()
+    tiny.weight.data[:64] *= 2.0**-18
+    for layer in (QuantLinear.from_float(tiny.bfloat16()), QuantLinear.from_float(tiny), QuantLinear(256, 128)):
+        for dtype in (torch.float16, torch.bfloat16):
+            found = layer.to(dtype).scales[:, -1].double()
+            assert bool((found == 2.0 ** found.log2().round()).all()) and bool(found.isfinite().all())
+    assert bool((layer.scales[:, -1] == 1).all()) and not layer(torch.randn(2, 256).bfloat16()).any()
+
+
 @pytest.mark.parametrize("weight_format", ["u4b8g128", "u4zg32"])
 def test_gradient_of_the_activations(weight_format):
     layer = QuantLinear.from_float(linear(), weight_format)

@@ -151,6 +151,8 @@ def test_column_parts_sum_to_the_output(weight_format, world):
     parts = [whole.shard(rank, world, "columns") for rank in range(world)]
     assert [part.bias is not None for part in parts] == [True] + [False] * (world - 1)
     assert all(part.weight.is_contiguous() and part.scales.is_contiguous() for part in parts)
+    if FORMATS[weight_format].has_lifts:
+        assert all(torch.equal(part.scales[:, -1], whole.scales[:, -1]) for part in parts), "lifts are of whole rows"
     dense = [part(torch.eye(part.in_features).half()) - (0 if part.bias is None else part.bias) for part in parts]
     expected = quant_linear(weight_format, bias=False)(torch.eye(768).half())
     assert torch.allclose(torch.cat(dense), expected, atol=2e-3), "the same weight, cut"

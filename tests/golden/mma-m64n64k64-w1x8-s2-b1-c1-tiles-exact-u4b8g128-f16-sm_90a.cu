@@ -290,7 +290,8 @@ __device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4],
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) Number::mma(sums[j], fragment, b[step][j][0], b[step][j][1]);
   }
-  float const scale_g = Number::low(group.scales) * Decode::kWholeUnit, scale_g8 = Number::high(group.scales) * Decode::kWholeUnit;
+  float const scale_g = Number::low(group.scales) * Decode::kWholeUnit;
+  float const scale_g8 = Number::high(group.scales) * Decode::kWholeUnit;
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll

@@ -42,8 +42,8 @@ struct Config {
 // Consumer warpgroups take weights from shared memory to registers, decode them there and multiply; the next
 // stage is decoded while the wgmmas of this one run. kRowTiles warpgroups stand side by side along the features, kSplits along k:
 // those take alternate stages, so that they are in different phases, and add their sums in shared memory once per tile.
-// Deferred, weights are multiplied as whole numbers and the sums of each group of k are scaled: fewer instructions a weight below
-// 64 tokens, and no weight is rounded.
+// Deferred, weights are multiplied as whole numbers and the sums of each group of k are scaled: no weight is rounded, and where rows
+// have no lifts there are fewer instructions a weight below 64 tokens.
 
 #include "marlin_gen/dequant.cuh"
 #include "marlin_gen/ptx/cluster.cuh"

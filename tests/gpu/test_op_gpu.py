@@ -85,7 +85,7 @@ def unrounded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> t
     scales = scales.double().view(codes.shape[0], -1, fmt.scale_values).repeat_interleave(fmt.group_size, dim=1)
     if fmt.offset == "minima":
         return codes * scales[..., 0] + scales[..., 1]
-    return (codes - (scales[..., 1] if fmt.has_offsets else fmt.zero_point)) * scales[..., 0]
+    return (codes.double() - (scales[..., 1] if fmt.has_offsets else fmt.zero_point)) * scales[..., 0]
 
 
 @pytest.mark.parametrize("m", [1, 5, 40, 300])
@@ -109,6 +109,25 @@ def test_every_format_is_as_exact_as_cublas_on_its_dequantised_weight(act_dtype,
     assert error(marlin_gen.gemm(a, packed), exact) <= 1.2 * error(a @ dense.T, exact)
     with_bias = exact + bias.double()
     assert error(marlin_gen.gemm(a, packed, bias), with_bias) <= 1.2 * error(torch.addmm(bias, a, dense.T), with_bias)
+
+
+@pytest.mark.parametrize("m", [1, 16, 40, 300])
+@pytest.mark.parametrize("act_dtype", DTYPES)
+@pytest.mark.parametrize("name", ["u4b8g128", "u4b8g32", "u8b128g64"])
+def test_rows_of_any_scale_are_each_as_exact_as_cublas(name, act_dtype, m):
+    """Lifts differ by 2^18, and a row's groups by up to 2^7."""
+    dtype, fmt = getattr(torch, DTYPES[act_dtype].torch_name), FORMATS[name]
+    codes = torch.randint(0, fmt.codes, (320, 1024), dtype=torch.uint8, device="cuda")
+    of_rows = 2.0 ** torch.linspace(-8 - fmt.bits, 10 - fmt.bits, 320, device="cuda")
+    of_rows = of_rows[torch.randperm(320, device="cuda")]
+    of_groups = 2.0 ** -torch.randint(0, 8, (320, 1024 // fmt.group_size), device="cuda")
+    scales = (of_rows[:, None] * of_groups * (1 + torch.rand_like(of_groups) / 2)).to(dtype)
+    a = activations(m, 1024).to(dtype) / 64
+    c, b = marlin_gen.gemm(a, marlin_gen.pack(codes, scales, name)), unrounded(codes, scales, fmt)
+    size = a.double().norm() * b.norm(dim=1) / 32  # of a column of the result, as it is to be expected
+    error = (c.double() - a.double() @ b.T).norm(dim=0) / size
+    cublas = ((a @ dequantize(codes, scales, name).T).double() - a.double() @ b.T).norm(dim=0) / size
+    assert error.max() < 4 * DTYPES[act_dtype].error_limit and error.norm() <= 1.2 * cublas.norm()
 
 
 @pytest.mark.parametrize("m", [3, 40])

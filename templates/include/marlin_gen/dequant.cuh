@@ -21,8 +21,8 @@
 
 namespace marlin_gen {
 
-// What lies in shared memory for rows g and g + 8 of a group: both scales, and each value twice. The offset is as layout.py packs it: what decoding
-// adds to or subtracts from the codes where zero points are whole, else the zero point or minimum itself.
+// What lies in shared memory for rows g and g + 8 of a group: both scales, and each value twice. The offset is as layout.py packs it: what
+// decoding adds to or subtracts from the codes where zero points are whole, else the zero point or minimum itself.
 template <Offset kOffset>
 struct ScalePair {
   static constexpr int kBytes = kOffset == Offset::kConstant ? 4 : 8;
@@ -66,7 +66,8 @@ __device__ __forceinline__ void scale_whole(u32 (&fragment)[4], Group group) {
   }
 }
 
-// Codes of a block alone in the mantissas of fragment `i`, which are subnormal numbers: times 2^kUnit, 4-bit codes of rows g + 8 another 16 times.
+// Codes of a block alone in the mantissas of fragment `i`, which are subnormal numbers: times 2^kUnit, 4-bit codes of rows g + 8 another
+// 16 times.
 template <int kBits>
 __device__ __forceinline__ u32 subnormal(u32 const* word, int i) {
   if constexpr (kBits == 4) return (i < 2 ? word[0] : word[0] >> 8) & (i % 2 ? 0x00f000f0 : 0x000f000f);

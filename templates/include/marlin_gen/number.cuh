@@ -6,7 +6,7 @@
 
 namespace marlin_gen {
 
-// Exponents: kUnit of the last bit of a subnormal number, kLift see LiftedScales in dequant.cuh.
+// Exponents of two: kUnit of the last bit of a subnormal number, kLift what `Lifted` in dequant.cuh multiplies scales by.
 struct F16 {
   static constexpr bool kIsBf16 = false;
   static constexpr int kUnit = -24, kLift = 12;
