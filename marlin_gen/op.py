@@ -61,17 +61,24 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
             and (a.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad))
         )
     ):
-        try:
-            c: torch.Tensor = _direct(a, packed.weight, scales, bias, code)
-            return c
-        except RuntimeError as error:
-            from marlin_gen.cuda_op import raised
-
-            raise raised(error) from None
-    c = torch.ops.marlin_gen.gemm.default(
+        return _launched(a, packed.weight, scales, bias, code)
+    c: torch.Tensor = torch.ops.marlin_gen.gemm.default(
         a, packed.weight, scales, bias, packed.weight_format, packed.layout_version
     )
     return c
+
+
+def _launched(
+    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, code: int
+) -> torch.Tensor:
+    """By the native launcher, which is there."""
+    try:
+        c: torch.Tensor = _direct(a, weight, scales, bias, code)
+        return c
+    except RuntimeError as error:
+        from marlin_gen.cuda_op import raised
+
+        raise raised(error) from None
 
 
 def check_operands(
@@ -137,6 +144,9 @@ def _cuda(
     layout_version: int = 2,
 ) -> torch.Tensor:
     global _direct
+    code = FORMAT_CODES.get(weight_format)
+    if _direct is not None and code is not None and layout_version == LAYOUT_VERSION:
+        return _launched(a, weight, scales, bias, code)
     from marlin_gen import cuda_op
 
     _direct = cuda_op.direct()
