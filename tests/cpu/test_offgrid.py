@@ -171,7 +171,7 @@ def test_regret_compares_the_look_up_with_the_tune_at_unseen_shapes_only(device,
     timed = {(m.problem, m.plan.config) for m in find_recording("h100").measurements}
     assert [r.tried for r in rows] == [sum(problem == at for problem, _ in timed) for at in tuned]
     fewest, most = min(r.tried for r in rows), max(r.tried for r in rows)
-    assert said[0].startswith("regret: 13 of 13 cells, geomean") and fewest >= 10
+    assert said[0].startswith("regret: 13 of 13 cells, geomean") and fewest > 10
     assert said[0].endswith(f"above 1.15, beside the best of {fewest} to {most} kernels")
 
 

@@ -27,7 +27,21 @@ from marlin_gen.replay import ReplayMeasurer, find_recording, shipped_recordings
 from marlin_gen.search import TuneOptions, tune
 
 SEEDS = (0, 1, 2)
-WORLDS = range(4)
+
+
+def sources() -> dict[str, Path | int]:
+    """Every shipped recording, and two made-up worlds so that the search is always tested."""
+    return {**shipped_recordings(), "made-up-0": 0, "made-up-3": 3}
+
+
+@pytest.fixture(scope="module", params=sources())
+def recording(request: pytest.FixtureRequest) -> Recording:
+    source = sources()[request.param]
+    return load_recording(source) if isinstance(source, Path) else made_up(source)
+
+
+def made_up(world: int) -> Recording:
+    return synthetic.recording(synthetic.problems(), 480, world)
 
 
 def best_us(recording: Recording) -> dict[Problem, float]:
@@ -79,18 +93,15 @@ def mean(ratios: Iterable[float]) -> float:
     return statistics.geometric_mean(ratios)
 
 
-@pytest.mark.parametrize("source", shipped_recordings())
-def test_finds_within_two_percent_with_a_tenth_of_the_evaluations(source: str, tmp_path: Path) -> None:
+def test_finds_within_two_percent_with_a_tenth_of_the_evaluations(recording: Recording, tmp_path: Path) -> None:
     """The geometric mean over problems, for every seed."""
-    recording = load_recording(shipped_recordings()[source])
     for seed in SEEDS:
         assert mean(losses(recording, tmp_path / f"log{seed}", seed)) <= 1.02, seed
 
 
-def test_finds_within_two_and_a_half_percent_in_made_up_worlds(tmp_path: Path) -> None:
-    """Over the problems of all worlds. They are harder than the GPUs: every field of a config has an effect of its own
-    that the cost model does not know, and some are unlucky draws (1.011 to 1.03)."""
-    worlds = [synthetic.recording(synthetic.problems(), 480, world) for world in WORLDS]
+def test_a_made_up_world_may_be_an_unlucky_draw_but_four_together_are_not(tmp_path: Path) -> None:
+    """Worlds 1 and 2 alone are at 1.03 and 1.02: there each field of a config has an effect that no cost model knows."""
+    worlds = [made_up(world) for world in range(4)]
     for seed in SEEDS:
         found = [losses(world, tmp_path / f"log{i}-{seed}", seed) for i, world in enumerate(worlds)]
         assert mean(ratio for ratios in found for ratio in ratios) <= 1.025, seed
