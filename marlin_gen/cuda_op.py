@@ -34,21 +34,6 @@ def direct() -> Any:
     return getattr(overload, "_op", overload)  # all that the overload's __call__ does, 150 ns sooner
 
 
-def gemm(
-    a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-    weight_format: str, layout_version: int,
-) -> torch.Tensor:  # fmt: skip
-    """``torch.ops.marlin_gen.gemm`` on CUDA, without gradients: see op.py for operands and errors."""
-    call, code = direct(), FORMAT_CODES.get(weight_format)
-    if call is None or code is None or layout_version != LAYOUT_VERSION:
-        return serve(a, weight, scales, bias, weight_format, layout_version)
-    try:
-        c: torch.Tensor = call(a, weight, scales, bias, code)
-        return c
-    except RuntimeError as error:
-        raise raised(error) from None
-
-
 def slow(
     a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, format: int
 ) -> torch.Tensor:

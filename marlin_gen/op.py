@@ -144,13 +144,14 @@ def _cuda(
     layout_version: int = 2,
 ) -> torch.Tensor:
     global _direct
-    code = FORMAT_CODES.get(weight_format)
-    if _direct is not None and code is not None and layout_version == LAYOUT_VERSION:
-        return _launched(a, weight, scales, bias, code)
-    from marlin_gen import cuda_op
+    code = FORMAT_CODES.get(weight_format) if layout_version == LAYOUT_VERSION else None
+    if _direct is None or code is None:
+        from marlin_gen import cuda_op
 
-    _direct = cuda_op.direct()
-    return cuda_op.gemm(a, weight, scales, bias, weight_format, layout_version)
+        _direct = cuda_op.direct()
+        if _direct is None or code is None:  # an error, if not that there is no native launcher
+            return cuda_op.serve(a, weight, scales, bias, weight_format, layout_version)
+    return _launched(a, weight, scales, bias, code)
 
 
 def _slow(

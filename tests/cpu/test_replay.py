@@ -100,7 +100,7 @@ def test_finds_within_two_percent_with_a_tenth_of_the_evaluations(recording: Rec
 
 
 def test_a_made_up_world_may_be_an_unlucky_draw_but_four_together_are_not(tmp_path: Path) -> None:
-    """Worlds 1 and 2 alone are at 1.03 and 1.02: there each field of a config has an effect that no cost model knows."""
+    """Worlds 1 and 2 alone are at 1.03 and 1.02: fields have effects there that no cost model knows."""
     worlds = [made_up(world) for world in range(4)]
     for seed in SEEDS:
         found = [losses(world, tmp_path / f"log{i}-{seed}", seed) for i, world in enumerate(worlds)]

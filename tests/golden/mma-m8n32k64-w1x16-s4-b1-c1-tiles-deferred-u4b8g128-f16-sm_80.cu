@@ -24,7 +24,8 @@ struct Config {
   static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
-  static constexpr int kLiftRows = 1;
+  static constexpr bool kHasLifts = true;
+  __host__ __device__ static constexpr int scale_rows(int k) { return k / kGroupSize + kHasLifts; }  // see formats.py
 
   // What the host decided: asserted below against what the kernel needs.
   static constexpr int kThreads = 512;
@@ -193,7 +194,7 @@ struct Loader {
   __device__ __forceinline__ void start_pass() {
     step = 0;
     k_begin = share.first_step * Config::kBlockK;
-    u32 const tile_row_bytes = share.k / kSliceK * kTileBytes, tile_row_scales = (share.k / Config::kGroupSize + Config::kLiftRows) * kTileScaleBytes;
+    u32 const tile_row_bytes = share.k / kSliceK * kTileBytes, tile_row_scales = Config::scale_rows(share.k) * kTileScaleBytes;
     u32 const first_tile = row_block(0) / 4;
     pass_weight = weight + u64(first_tile) * tile_row_bytes;
 #pragma unroll
@@ -290,8 +291,8 @@ __device__ __forceinline__ void multiply_deferred(float (&acc)[kTokenBlocks][4],
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) Number::mma(sums[j], fragment, b[step][j][0], b[step][j][1]);
   }
-  float const scale_g = Number::low(group.scales) * Decode::kWholeUnit;
-  float const scale_g8 = Number::high(group.scales) * Decode::kWholeUnit;
+  float const scale_g = Number::low(group.scales) * Number::kWholeUnit;
+  float const scale_g8 = Number::high(group.scales) * Number::kWholeUnit;
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j)
 #pragma unroll

@@ -24,7 +24,8 @@ struct Config {
   static constexpr marlin_gen::Offset kOffset = marlin_gen::Offset::kConstant;
   static constexpr int kZeroPoint = 8;
   static constexpr int kGroupSize = 128;
-  static constexpr int kLiftRows = 1;
+  static constexpr bool kHasLifts = true;
+  __host__ __device__ static constexpr int scale_rows(int k) { return k / kGroupSize + kHasLifts; }  // see formats.py
 
   // What the host decided: asserted below against what the kernel needs.
   static constexpr int kThreads = 256;
@@ -58,7 +59,7 @@ namespace marlin_gen {
 
 using Number = NumberOf<Config::kIsBf16>::Type;
 using Decode = Decoder<Number, Config::kBits, Config::kOffset>;
-using Lift = Lifted<Number, Config::kBits, Config::kBits == 4 ? 8 : 128>;
+using Lift = Lifted<Number, Config::kBits>;
 using ptx::TensorMap;
 
 constexpr int kWarpgroup = 128;                // threads
@@ -69,8 +70,7 @@ constexpr int kRanks = Config::kClusterSize;   // blocks that share a tile's k
 constexpr int kSlabs = Config::kBlockK / 64;   // a slab: 64 k, the 128 bytes that a swizzled row holds
 constexpr int kGroups = ceil_div(Config::kBlockK, Config::kGroupSize);  // scale groups of a stage
 constexpr bool kDeferred = Config::kDequant == Dequant::kDeferred;
-constexpr bool kLifted = !kDeferred && Config::kLiftRows == 1;
-__device__ __forceinline__ int scale_rows(int k) { return k / Config::kGroupSize + Config::kLiftRows; }  // of a row tile
+constexpr bool kLifted = !kDeferred && Config::kHasLifts;
 constexpr int kQuads = Config::kBlockM / 8;    // accumulator quads of a thread: rows g, g + 8 by two tokens, per 8 tokens
 constexpr int kStoreQuads = kQuads / kRanks;   // of them, those this block stores
 constexpr int kStages = Config::kNumStages;
@@ -290,7 +290,7 @@ struct Weights {
       // Past the last feature tile the last is loaded again; it is not stored.
       u32 const row = min(tile_n * kRowTiles + row_tile, n / 64 - 1);
       u32 const weight_tile = row * u32(k / 64) + u32(block) * kSlabs;
-      u32 const scale_tile = row * u32(scale_rows(k)) + u32(block * Config::kBlockK / Config::kGroupSize);
+      u32 const scale_tile = row * u32(Config::scale_rows(k)) + u32(block * Config::kBlockK / Config::kGroupSize);
       ptx::cp_async_bulk_load(stage + row_tile * kSlabs * kWeightTileBytes, weight + u64(weight_tile * (kWeightTileBytes / 16)) * 16,
                               kSlabs * kWeightTileBytes, full, policy);
       ptx::cp_async_bulk_load(stage + kScalesAt + row_tile * kGroups * kScaleTileBytes, scales + u64(scale_tile * (kScaleTileBytes / 16)) * 16,
@@ -430,7 +430,7 @@ struct Consumer {
     if (!kLifted || !walk.next(piece)) return 0;
     int tile_m, tile_n;
     order.locate(piece.tile, tile_m, tile_n);
-    u32 const row = min(tile_n * kRowTiles + row_tile, weights.n / 64 - 1), rows = scale_rows(weights.k);
+    u32 const row = min(tile_n * kRowTiles + row_tile, weights.n / 64 - 1), rows = Config::scale_rows(weights.k);
     return reinterpret_cast<u32 const*>(weights.scales)[(u64(row) * rows + rows - 1) * 32 + warp * 8 + lane / 4];
   }
 
@@ -454,7 +454,7 @@ struct Consumer {
       typename Decode::Group group = load_group(scales + group_index * kScaleTileBytes);
       if constexpr (kDeferred) {
         float(&scale)[2] = group_scales[kBuffer][group_index];
-        scale[0] = Number::low(group.scale_g) * Decode::kWholeUnit, scale[1] = Number::low(group.scale_g8) * Decode::kWholeUnit;
+        scale[0] = Number::low(group.scale_g) * Number::kWholeUnit, scale[1] = Number::low(group.scale_g8) * Number::kWholeUnit;
       }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {

@@ -56,13 +56,12 @@ __device__ __forceinline__ u32 apply(u32 q, u32 scale, u32 offset) {
 }
 
 // Weights of whole numbers over kWholeUnit, rows g and g + 8 by turns.
-template <class Number, int kWholeUnit, class Group>
+template <class Number, class Group>
 __device__ __forceinline__ void scale_whole(u32 (&fragment)[4], Group group) {
-  static_assert(kWholeUnit == 1 || kWholeUnit == 64);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     u32 const scale = i % 2 ? group.scale_g8 : group.scale_g;
-    fragment[i] = Number::mul(fragment[i], kWholeUnit == 1 ? scale : Number::mul(scale, Number::power(6)));
+    fragment[i] = Number::mul(fragment[i], Number::kWholeUnit == 1 ? scale : Number::mul(scale, Number::power(6)));
   }
 }
 
@@ -84,15 +83,14 @@ struct Decoder;
 // bits. It rounds once, to the weight: zero point times scale, a power of two times the scale, is exact. Weights come out times
 // 2^(kUnit + kLift) and their row's lift, which `factor` undoes in the sums. A lift brings a row's largest scale below 16, so that 2^kLift
 // times it is finite; in fp16 groups with a scale down to a 64th of that have normal numbers, and for each halving below weights lose a bit.
-template <class Number, int kBits, int kZeroPoint>
+template <class Number, int kBits>
 struct Lifted {
   static constexpr int kHigh = kBits == 4 ? 4 : 0;  // how many bits higher the codes of rows g + 8 lie in a number
-  static_assert(kZeroPoint == 8 || kZeroPoint == 128);
 
   // What the codes of rows g and g + 8 are multiplied by, and what is added. `lifts`: those of the two rows.
   template <class Group>
   __device__ static __forceinline__ Group lift(Group group, u32 lifts) {
-    constexpr int kZeroExponent = Number::kUnit + Number::kLift + (kZeroPoint == 8 ? 3 : 7);
+    constexpr int kZeroExponent = Number::kUnit + Number::kLift + kBits - 1;  // zero points are half of the codes
     u32 const scales = Number::mul(group.scales, lifts);
     u32 const g = ptx::duplicate_low(scales), g8 = ptx::duplicate_high(scales), minus_zero = Number::power(kZeroExponent) | 0x80008000;
     return {scales, Number::mul(g, Number::power(Number::kLift)), Number::mul(g8, Number::power(Number::kLift - kHigh)),
@@ -110,15 +108,15 @@ struct Lifted {
 
   // What the sums of a row with this lift, a power of two, are multiplied by.
   __device__ static __forceinline__ float factor(float lift) {
-    constexpr float kScale = Number::kIsBf16 ? 0x1p93f : 0x1p12f;  // 2^-(kUnit + kLift)
-    return __uint_as_float(0x7f000000 - __float_as_uint(lift)) * kScale;
+    constexpr u32 kOne = 127 << 23;  // of an exponent of zero
+    return __uint_as_float(2 * kOne - __float_as_uint(lift)) * __uint_as_float(kOne - (Number::kUnit + Number::kLift) * (1 << 23));
   }
 };
 
 template <Offset kOffset>
 struct Decoder<F16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1, kZeroPoint = 8, kWholeUnit = 1;
+  static constexpr int kWords = 1, kZeroPoint = 8;
   static constexpr u32 kLowMask = 0x000f000f, kHighMask = 0x00f000f0;
   static constexpr u32 kExponent = 0x64006400, kMinusHigh = 0xd400d400;  // 1024, and -64 = -(1024 / 16)
   static constexpr u32 kCentre = 0x64086408, kMinusHighCentre = 0xd480d480;  // 1032, and -72 = -(64 + 8)
@@ -128,7 +126,7 @@ struct Decoder<F16, 4, kOffset> {
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     if constexpr (is_whole(kOffset)) {
       centred(word, group, fragment);
-      scale_whole<F16, kWholeUnit>(fragment, group);
+      scale_whole<F16>(fragment, group);
     } else {
       u32 q[4];
       raw(word, q);
@@ -164,14 +162,14 @@ struct Decoder<F16, 4, kOffset> {
 template <Offset kOffset>
 struct Decoder<Bf16, 4, kOffset> {
   using Group = ScalePair<kOffset>;
-  static constexpr int kWords = 1, kZeroPoint = 8, kWholeUnit = 64;
+  static constexpr int kWords = 1, kZeroPoint = 8;
   static constexpr u32 kMask = 0x000f000f, kExponent = 0x43004300, kMinusExponent = 0xc300c300;  // 128, -128
 
   // 13 instructions for 8 weights; with fractions 19.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     if constexpr (is_whole(kOffset)) {
       centred(word, group, fragment);
-      scale_whole<Bf16, kWholeUnit>(fragment, group);
+      scale_whole<Bf16>(fragment, group);
     } else {
       u32 q[4];
       raw(word, q);
@@ -204,13 +202,13 @@ struct Decoder<Bf16, 4, kOffset> {
 template <>
 struct Decoder<F16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2, kZeroPoint = 128, kWholeUnit = 1;
+  static constexpr int kWords = 2, kZeroPoint = 128;
   static constexpr u32 kExponent = 0x64006400, kCentre = 0x64806480;  // 1024, 1152 = 1024 + 128
 
   // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     centred(word, group, fragment);
-    scale_whole<F16, kWholeUnit>(fragment, group);
+    scale_whole<F16>(fragment, group);
   }
 
   // fragment[i] = code - 128: 8 instructions for 8 weights.
@@ -230,12 +228,12 @@ struct Decoder<F16, 8, Offset::kConstant> {
 template <>
 struct Decoder<Bf16, 8, Offset::kConstant> {
   using Group = ScalePair<Offset::kConstant>;
-  static constexpr int kWords = 2, kZeroPoint = 128, kWholeUnit = 64;
+  static constexpr int kWords = 2, kZeroPoint = 128;
 
   // 12 instructions for 8 weights.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
     centred(word, group, fragment);
-    scale_whole<Bf16, kWholeUnit>(fragment, group);
+    scale_whole<Bf16>(fragment, group);
   }
 
   // fragment[i] = (code - 128) / kWholeUnit: 8 instructions for 8 weights.

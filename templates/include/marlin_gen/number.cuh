@@ -6,10 +6,11 @@
 
 namespace marlin_gen {
 
-// Exponents of two: kUnit of the last bit of a subnormal number, kLift what `Lifted` in dequant.cuh multiplies scales by.
+// Exponents of two: kUnit of the last bit of a subnormal number, kLift what `Lifted` in dequant.cuh multiplies scales by. Whole numbers are
+// decoded over kWholeUnit, as far as one multiplication lifts a subnormal.
 struct F16 {
   static constexpr bool kIsBf16 = false;
-  static constexpr int kUnit = -24, kLift = 12;
+  static constexpr int kUnit = -24, kLift = 12, kWholeUnit = 1;
   __host__ __device__ static constexpr u32 power(int exponent) { return u32(exponent + 15) * 0x04000400; }  // of two, twice
   __device__ static __forceinline__ u32 sub(u32 a, u32 b) { return ptx::sub_f16x2(a, b); }
   __device__ static __forceinline__ u32 mul(u32 a, u32 b) { return ptx::mul_f16x2(a, b); }
@@ -23,7 +24,7 @@ struct F16 {
 // Sums, differences and products are fused multiply-adds, the only arithmetic on bf16 pairs before sm_90: each rounds once.
 struct Bf16 {
   static constexpr bool kIsBf16 = true;
-  static constexpr int kUnit = -133, kLift = 40;
+  static constexpr int kUnit = -133, kLift = 40, kWholeUnit = 64;
   __host__ __device__ static constexpr u32 power(int exponent) { return u32(exponent + 127) * 0x00800080; }
   static constexpr u32 kOne = 0x3f803f80, kMinusOne = 0xbf80bf80, kMinusZero = 0x80008000;
   __device__ static __forceinline__ u32 add(u32 a, u32 b) { return ptx::fma_bf16x2(a, kOne, b); }

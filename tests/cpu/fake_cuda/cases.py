@@ -15,7 +15,7 @@ import tables
 import torch
 
 import marlin_gen
-from marlin_gen import cuda_op, driver, first_use, gather, native, serve, toolchain
+from marlin_gen import cuda_op, driver, first_use, gather, native, op, serve, toolchain
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Dispatcher
@@ -73,7 +73,7 @@ def activations(*shape: int) -> torch.Tensor:
 
 
 def call(a: torch.Tensor, w: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return cuda_op.gemm(a, w.weight, w.scales, bias, w.weight_format, w.layout_version)
+    return op._cuda(a, w.weight, w.scales, bias, w.weight_format, w.layout_version)
 
 
 def all_launches() -> list[tuple[Plan, Problem]]:
@@ -220,7 +220,7 @@ def test_errors_of_the_native_op_are_pythons_own(server):
     ):
         operands = {"a": activations(2, K), "weight": w.weight, "scales": w.scales, "bias": None} | change
         with pytest.raises(error, match=message):
-            cuda_op.gemm(*operands.values(), w.weight_format, w.layout_version)
+            op._cuda(*operands.values(), w.weight_format, w.layout_version)
         with pytest.raises(RuntimeError, match=message):  # whoever calls it otherwise gets the words at least
             torch.ops.marlin_gen.gemm_no_grad(*operands.values(), 0)
 
@@ -425,8 +425,6 @@ def test_threads_launch_at_once(server, launcher_and_library):
 
 def test_the_public_function_takes_the_short_way_only_without_gradients(server, launcher_and_library, monkeypatch):
     """As on CUDA, with tensors that say they are there."""
-    from marlin_gen import op
-
     class OnCuda(torch.Tensor):
         is_cuda = True
 
