@@ -32,6 +32,7 @@ REST_SECONDS, STRETCH_SECONDS = 5.0, 0.25  # of a sustained run: to cool down be
 PAUSE_SECONDS = 0.1  # large products reach the power limit, and then what ran before decides the clock
 # From here on they do within one problem's finals: 28672x8192 m=512 took 316 us alone and 354 in turn with six others.
 # In a tune what was screened first, with no compiler to wait for between, was up to 17 % slower than what came later.
+# Rivals that follow each other need rests at any m: 28672x8192 m=16 on an H200 took 32 us alone and 36 among four.
 REST_FROM_M = 128
 GIVE_UP_RATIO = 1.5  # a screened plan this much slower than the cell's best so far gets one replay
 
@@ -178,8 +179,8 @@ class Bench:
     ) -> tuple[list[Measurement], list[Spread]]:
         """Time the entries, and the yardsticks beside them, against each other: one replay of each in turn.
 
-        Drift then meets all alike. A pause before keeps one problem's heat from the next. ``chained`` times each entry
-        with dependent launches too.
+        Drift then meets all alike. A pause before keeps one problem's heat from the next; without yardsticks, in whose
+        turn the GPU cools down, it rests after every replay. ``chained`` times each entry with dependent launches too.
         """
         checked = [self.check(kernel, plan, problem) for kernel, plan in entries]
         graphs = [
@@ -191,7 +192,8 @@ class Bench:
             for (kernel, plan), graph in zip(entries, graphs, strict=True)
         ]
         time.sleep(PAUSE_SECONDS)
-        spreads = iter(interleaved([*graphs, *chains, *yardsticks], FINAL_REPLAYS, problem.m >= REST_FROM_M))
+        rest = problem.m >= REST_FROM_M or not yardsticks
+        spreads = iter(interleaved([*graphs, *chains, *yardsticks], FINAL_REPLAYS, rest))
         alone, together = list(islice(spreads, len(entries))), list(islice(spreads, len(entries)))
         found = [
             Measurement(

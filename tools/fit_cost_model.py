@@ -1,13 +1,15 @@
-"""Fit the constants of the cost model: ``python tools/fit_cost_model.py tuned/<gpu>/recording.jsonl.gz``.
+"""Fit the constants of the cost model: ``python tools/fit_cost_model.py tuned/*/recording.jsonl.gz``.
 
 Coordinate descent on the logarithms of the constants, a Huber loss on log(predicted / measured). Each problem weighs
-the same, and pairs near their problem's best more: they are what the search must tell apart. Prints the error before
-and after, by regime, where the winners rank in the whole space, and the constants to put into ``Costs``.
+the same, and pairs near their problem's best more: they are what the search must tell apart; several recordings weigh
+the same too. Prints each one's error before and after, by regime, where the winners rank in the whole space, and the
+constants to put into ``Costs``.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,7 +49,8 @@ class Pairs:
                 best[pair] = min(best.get(pair, row.us), row.us)
         self.configs, self.problems = [c for c, _ in best], [p for _, p in best]
         self.us = np.array(list(best.values()))
-        self.columns, self.sizes, self.gpu = Columns(self.configs), Sizes(self.problems), recording.gpu
+        self.sizes, self.gpu = Sizes(self.problems), recording.gpu
+        self.columns = Columns(self.configs, weight_format(self.problems[0].weight_format), self.gpu.arch)
         names = sorted(set(self.problems))
         index = np.array([names.index(p) for p in self.problems])
         least = np.array([self.us[index == j].min() for j in range(len(names))])
@@ -67,16 +70,20 @@ class Pairs:
         return float((self.weight * huber).sum() / self.weight.sum())
 
 
-def fit(pairs: Pairs, costs: Costs) -> Costs:
+def fit(recordings: Sequence[Pairs], costs: Costs) -> Costs:
     """The costs at which no single constant can be changed for the better."""
-    least, steps = pairs.loss(costs), dict.fromkeys(asdict(costs), 0.3)
+
+    def total(tried: Costs) -> float:
+        return sum(pairs.loss(tried) for pairs in recordings)
+
+    least, steps = total(costs), dict.fromkeys(asdict(costs), 0.3)
     for _ in range(SWEEPS):
         for name in steps:
             low, high = LIMITS.get(name, (0.0, np.inf))
             for sign in (1, -1):
                 value = getattr(costs, name) * np.exp(sign * steps[name])
                 tried = replace(costs, **{name: float(value)})
-                if low <= value <= high and (loss := pairs.loss(tried)) < least:
+                if low <= value <= high and (loss := total(tried)) < least:
                     costs, least, steps[name] = tried, loss, min(steps[name] * 1.3, 0.6)
                     break
             else:
@@ -106,12 +113,13 @@ def report(pairs: Pairs, costs: Costs) -> None:
 
 
 def main() -> None:
-    pairs = Pairs(load_recording(Path(sys.argv[1])))
-    print(f"{len(pairs.us)} pairs. Standard deviation of log(predicted / measured)\nbefore: ", end="")
-    report(pairs, COSTS)
-    costs = fit(pairs, COSTS)
-    print("after: ", end="")
-    report(pairs, costs)
+    recordings = [Pairs(load_recording(Path(path))) for path in sys.argv[1:]]
+    costs = fit(recordings, COSTS)
+    for path, pairs in zip(sys.argv[1:], recordings, strict=True):
+        print(f"{path}: {len(pairs.us)} pairs. Standard deviation of log(predicted / measured)\nbefore: ", end="")
+        report(pairs, COSTS)
+        print("after: ", end="")
+        report(pairs, costs)
     for name, value in asdict(costs).items():
         print(f"    {name}: float = {value:.3g}")
 

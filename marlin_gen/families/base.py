@@ -99,6 +99,10 @@ class KernelFamily(Protocol):
         """Dynamic shared memory of one block; the kernel static_asserts the same number."""
         ...
 
+    def resident_blocks(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> int:
+        """How many blocks an SM should hold at once; the driver knows it only of a compiled kernel."""
+        ...
+
     def max_registers(self, config: KernelConfig, arch: Arch) -> int:
         """Registers per thread at launch that leave room for ``blocks_per_sm`` blocks."""
         ...

@@ -38,7 +38,6 @@ def default_plan(problem: Problem, gpu: Gpu) -> Plan:
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and
 # what it costs to add up a split tile, in k of a row block for each block that has a part.
 _WGMMA_COSTS = {"tiles": (1.04, 1.0, 0), "clusterk": (1.04, 1.15, 1500), "striped": (1.05, 1.1, 4500)}
-_MMA_TWO_BLOCKS = 1.12  # where an SM has two blocks of the mma family or more
 
 
 def _work_at_sixteen(config: KernelConfig, problem: Problem, gpu: Gpu) -> float:
@@ -50,8 +49,7 @@ def _work_at_sixteen(config: KernelConfig, problem: Problem, gpu: Gpu) -> float:
     share, bits = problem.n / 16 / gpu.num_sms, weight_format(problem.weight_format).bits
     from_memory = share * bits / 4 * 30 * gpu.num_sms / (0.93 * gpu.bandwidth_gbs)
     if config.family == MMA.name:
-        work = MMA.work(config, problem, gpu.num_sms)
-        return max(work * (_MMA_TWO_BLOCKS if config.blocks_per_sm > 1 else 1), from_memory)
+        return max(MMA.share(config, problem, gpu).computed * MMA.cost(config), from_memory)
     multiplying, waiting, adding = _WGMMA_COSTS[config.partition]
     tiles, slots = problem.n / config.block_n, gpu.num_sms * config.blocks_per_sm
     if config.partition == "striped":

@@ -8,11 +8,11 @@ from typing import Any
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families.base import LaunchShape, fitted, reject_format
+from marlin_gen.families.row_share import MAX_RESIDENT, ROW_BLOCK, RowShare
 from marlin_gen.formats import FORMATS, WeightFormat
 from marlin_gen.problem import Problem
 
 SLICE_K = 64  # k of a packed tile
-ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
 MAX_WARPS = 16
 MAX_SCALE_BYTES = 512  # of a warp's rows in a pass and group: every lane copies at most 16
@@ -33,14 +33,15 @@ def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, 
     return KernelConfig("mma", m, n, k, 1, warps, stages, blocks, 1, "tiles", dequant)
 
 
-# Configs that need no table, best measured (sm_90) or fitted to the smaller shared memory by the same reasoning:
-# two to seven row blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
+# Configs that need no table: on sm_90 those of which the best is near the best of 1190, over 21 shapes on two GPUs
+# (tests/cpu/test_defaults.py); elsewhere fitted to the smaller shared memory by the same reasoning: one to five row
+# blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
 _DEFAULTS = {
     "sm_90a": (
-        _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 16, 3, "deferred"), _config(8, 64, 8, 4, "deferred"),
-        _config(8, 16, 8, 3, "deferred", k=256),
-        _config(16, 32, 8, 3, "deferred", k=128), _config(16, 48, 8, 3, "deferred", k=128),
-        _config(16, 112, 4, 2, "deferred", blocks=2),
+        _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 8, 3, "deferred", k=128),
+        _config(8, 16, 8, 3, "deferred", k=256), _config(8, 32, 4, 2, "deferred", k=128, blocks=2),
+        _config(16, 16, 8, 3, "deferred", k=128), _config(16, 32, 8, 3, "deferred", k=128),
+        _config(16, 48, 8, 3, "deferred", k=128), _config(16, 80, 8, 2, "deferred", k=128),
         _config(32, 32, 8, 2, "exact", k=128), _config(64, 64, 8, 2, "exact"),
     ),
     "sm_80": (
@@ -147,22 +148,18 @@ class MmaFamily:
         ``arch``: the target to take configs of, where it is not the GPU's own.
         """
         configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
+        shares = {config: self.share(config, problem, gpu) for config in configs}
+        return Plan(min(configs, key=lambda c: (shares[c].computed + shares[c].passes) * self.cost(c)))
 
-        return Plan(min(configs, key=lambda config: self.work(config, problem, gpu.num_sms)))
+    def share(self, config: KernelConfig, problem: Problem, gpu: Gpu) -> RowShare:
+        """How a launch will share out the rows, if the estimate of the blocks that an SM holds is right."""
+        resident = self.resident_blocks(config, FORMATS[problem.weight_format], gpu.arch)
+        return RowShare.best(config, problem, gpu.num_sms, resident * gpu.num_sms // config.cluster_size)
 
-    def work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
-        """What the busiest SM does, in row blocks by 16 tokens and all of k.
-
-        Adding up a pass costs about as much as half a row block; 24 tokens, as much as the weights. What does not fit
-        at once comes in rounds.
-        """
-        resident = num_sms * config.blocks_per_sm
-        rows = _rows_per_cluster(config, problem, resident) * config.blocks_per_sm
-        pass_rows = config.block_n // ROW_BLOCK * config.blocks_per_sm
-        passes = _ceil_div(rows, pass_rows)
-        ranges = _ceil_div(problem.n // ROW_BLOCK, _rows_per_cluster(config, problem, resident))
-        rounds = _ceil_div(ranges * _ceil_div(max(problem.m, 1), config.block_m), resident)
-        return rounds * (passes * pass_rows + passes / 2) * (24 + config.block_m) / (24 + 16)
+    @staticmethod
+    def cost(config: KernelConfig) -> float:
+        """Of a row block, beside one by 16 tokens: the weights cost as much as 24 tokens."""
+        return (24 + config.block_m) / (24 + 16)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         """Every config that ``default`` may return."""
@@ -191,6 +188,15 @@ class MmaFamily:
             tokens //= 2
         return c.warps_n * c.warps_k * c.num_stages * stage + _ceil_div(row_bytes * tokens, 128) * 128
 
+    def resident_blocks(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> int:
+        """As many as shared memory, threads and registers allow, the registers by an estimate."""
+        threads = self.threads(config)
+        registers = _ceil_div(min(self._registers(config), self.max_registers(config, arch)), 8) * 8
+        return max(1, min(
+            arch.smem_per_sm // (self.smem_bytes(config, fmt) + arch.smem_reserved),
+            arch.max_threads_per_sm // threads, arch.registers_per_sm // (registers * threads), MAX_RESIDENT,
+        ))  # fmt: skip
+
     def max_registers(self, config: KernelConfig, arch: Arch) -> int:
         """Registers are given out in units of 8 per thread."""
         per_thread = arch.registers_per_sm // (self.threads(config) * config.blocks_per_sm)
@@ -200,9 +206,9 @@ class MmaFamily:
         return {}
 
     def launch_shape(self, plan: Plan, problem: Problem, num_sms: int, max_clusters: int) -> LaunchShape:
-        """One cluster per range of row blocks and token tile, with so many rows that all are resident at once."""
+        """One cluster per range of row blocks and token tile, as ``RowShare`` cuts them."""
         config = plan.config
-        rows = _rows_per_cluster(config, problem, max_clusters)
+        rows = RowShare.best(config, problem, num_sms, max_clusters).rows
         ranges = _ceil_div(problem.n // ROW_BLOCK, rows)
         return LaunchShape(
             grid=ranges * _ceil_div(problem.m, config.block_m) * config.cluster_size,
@@ -222,13 +228,6 @@ class MmaFamily:
         if config.dequant == "deferred":  # also the sums of one row block, and scales; as it compiles without spills
             estimate += tokens + row_blocks + 7
         return estimate
-
-
-def _rows_per_cluster(config: KernelConfig, problem: Problem, max_clusters: int) -> int:
-    """Row blocks of one cluster: the fewest with which all clusters are resident at once, when they can be."""
-    token_tiles = _ceil_div(problem.m, config.block_m)
-    ranges = max(max_clusters // max(token_tiles, 1), 1)
-    return _ceil_div(problem.n // ROW_BLOCK, ranges)
 
 
 MMA = MmaFamily()

@@ -33,6 +33,7 @@ _DEFAULTS = tuple(
         ("exact", 64, 64, 256, 2, 8, 1, 1, "tiles", 4),
         ("exact", 64, 128, 256, 1, 4, 1, 1, "tiles"),
         ("exact", 64, 128, 256, 1, 4, 1, 1, "striped"),
+        ("exact", 64, 192, 128, 1, 6, 1, 1, "striped"),
         ("exact", 128, 64, 128, 2, 6, 1, 2, "clusterk", 4),
         ("exact", 128, 64, 128, 2, 8, 1, 1, "tiles", 4),
         ("exact", 128, 128, 128, 1, 4, 1, 1, "tiles"),
@@ -47,7 +48,6 @@ _DEFAULTS = tuple(
         ("deferred", 32, 64, 128, 3, 12, 1, 2, "clusterk"),
         ("deferred", 32, 64, 256, 2, 8, 1, 1, "tiles"),
         ("deferred", 32, 192, 128, 1, 10, 1, 1, "striped"),
-        ("deferred", 64, 192, 128, 1, 6, 1, 1, "striped"),
     )
 )
 _ANY_K = KernelConfig("wgmma", 64, 64, 64, 4, 1, 12, 1, 1, "tiles", "exact")  # serves every k of the layout
@@ -179,6 +179,10 @@ class WgmmaFamily:
         exchanged = sums * (c.warps_k - 1) + sums * (c.cluster_size - 1) // c.cluster_size
         barriers = 2 * (c.num_stages + c.a_stages) + (2 * row_tiles if c.cluster_size > 1 else 0)
         return rings + output + exchanged + barriers * 8
+
+    def resident_blocks(self, config: KernelConfig, fmt: WeightFormat, arch: Arch) -> int:
+        """Each takes its share of the registers at launch, so no more fit."""
+        return config.blocks_per_sm
 
     def max_registers(self, config: KernelConfig, arch: Arch) -> int:
         """At launch, before setmaxnreg moves them from the producer to the consumers."""

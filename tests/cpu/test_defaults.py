@@ -15,23 +15,30 @@ from marlin_gen.families.defaults import default_plan
 from marlin_gen.problem import Problem
 
 GPUS = {"h100": H100, "h200": H200}
-SIXTEEN_TOKENS = Path(__file__).parents[1] / "fixtures" / "sixteen_tokens.csv"  # gpu, n, k, config, us; 2026-11-27
+# gpu, n, k, m, config, us, of 2026-11-27: the defaults, and the best of 779 mma configs (m = 1 and 8) or of 411 and 9
+# wgmma ones (m = 16). The wgmma ones were timed beside one of the others, by which both lists are on one scale.
+FEW_TOKENS = Path(__file__).parents[1] / "fixtures" / "few_tokens.csv"
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_from_nine_to_sixteen_tokens_the_choice_is_as_timed(gpu: str) -> None:
-    """18 shapes with 14 configs each. The mma family alone is 2 % from the best on an H100 and 12 % on an H200."""
+@pytest.mark.parametrize(
+    ("tokens", "shapes", "most", "mean"), [(1, 21, 1.09, 1.035), (8, 21, 1.11, 1.037), (16, 18, 1.10, 1.028)]
+)
+def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
+    gpu: str, tokens: int, shapes: int, most: float, mean: float
+) -> None:
     timed: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
-    with SIXTEEN_TOKENS.open() as file:
+    with FEW_TOKENS.open() as file:
         for row in csv.DictReader(file):
-            if row["gpu"] == gpu:
+            if row["gpu"] == gpu and int(row["m"]) == tokens:
                 timed[int(row["n"]), int(row["k"])][row["config"]] = float(row["us"])
-    problems = {shape: Problem(*shape, 16) for shape in timed}
+    problems = {shape: Problem(*shape, tokens) for shape in timed}
     chosen = {shape: default_plan(problem, GPUS[gpu]).config.key for shape, problem in problems.items()}
     losses = {shape: us[chosen[shape]] / min(us.values()) for shape, us in timed.items() if chosen[shape] in us}
-    assert len(losses) >= 17 and max(losses.values()) < 1.03 and geomean(list(losses.values())) < 1.005, losses
-    for tokens in (9, 12):
-        assert chosen == {s: default_plan(replace(p, m=tokens), GPUS[gpu]).config.key for s, p in problems.items()}
+    assert len(timed) == shapes and len(losses) >= shapes - 2
+    assert max(losses.values()) < most and geomean(list(losses.values())) < mean, losses
+    for like in {1: (2, 4), 8: (5,), 16: (9, 12)}[tokens]:
+        assert chosen == {s: default_plan(replace(p, m=like), GPUS[gpu]).config.key for s, p in problems.items()}
 
 
 @pytest.mark.parametrize(

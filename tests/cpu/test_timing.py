@@ -9,7 +9,14 @@ from marlin_gen import timing
 from marlin_gen.baselines import Baselines
 from marlin_gen.measurement import Baseline
 from marlin_gen.problem import Problem
-from marlin_gen.timing import REST_FROM_M, RESTED_SCREEN_REPLAYS, SCREEN_REPLAYS, Bench, interleaved
+from marlin_gen.timing import (
+    FINAL_REPLAYS,
+    REST_FROM_M,
+    RESTED_SCREEN_REPLAYS,
+    SCREEN_REPLAYS,
+    Bench,
+    interleaved,
+)  # fmt: skip
 
 
 class Played:
@@ -50,6 +57,17 @@ def test_a_first_timing_rests_as_long_as_large_products_ran(slept):
     slept.clear()
     bench_of(Played(30.0)).screen(None, mma(), small)
     assert not slept
+
+
+def test_rivals_rest_between_each_other_and_where_a_yardstick_takes_its_turn_only_if_large(slept):
+    small, large, entries = Problem(4096, 4096, 1), Problem(4096, 4096, REST_FROM_M), [(None, mma()), (None, mma())]
+    for problem, yardsticks, rests in ((small, [], True), (small, [Played(5.0)], False), (large, [Played(5.0)], True)):
+        slept.clear()
+        graph = Played(30.0)
+        rows, _ = bench_of(graph).finals(problem, entries, yardsticks)
+        assert [row.us for row in rows] == [30.0, 30.0] and graph.replays == 2 * (1 + FINAL_REPLAYS)
+        pauses = 1 + rests * (2 + len(yardsticks)) * (1 + FINAL_REPLAYS)
+        assert len(slept) == pauses
 
 
 def test_a_plan_far_behind_gets_one_timed_replay(slept):
