@@ -142,11 +142,10 @@ def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
 
     # How often the busiest block computes a tile of block_n x block_m. The mma family deals out rows in units of 16
     # and walks its range in passes of block_n; the wgmma family deals out whole tiles, or equal stripes of them.
-    row_share, ranges = _shares(c, p, token_tiles, gpu.num_sms)
-    passes = np.ceil(row_share / c.block_n) * np.ceil(ranges / owners)
+    passes, grid = _shares(c, p, token_tiles, owners, gpu.num_sms)
     tiles = np.ceil(p.n / c.block_n) * token_tiles
     rounds = where(c.is_mma, passes, where(c.striped, tiles / owners, np.ceil(tiles / owners)))
-    busy = where(c.striped, owners, np.minimum(where(c.is_mma, ranges, tiles), owners) * c.cluster)
+    busy = where(c.striped, owners, np.minimum(where(c.is_mma, grid, tiles), owners) * c.cluster)
     per_sm = np.clip(np.ceil(busy / gpu.num_sms), 1, c.resident)  # blocks that share the busiest SM
 
     # Throughput, in clocks of one block: what it asks of the tensor cores, of the ALUs and of L2.
@@ -186,21 +185,21 @@ def predict(c: Columns, p: Sizes, gpu: Gpu, costs: Costs) -> Array:
     return us
 
 
-def _shares(c: Columns, p: Sizes, token_tiles: Array, num_sms: int) -> tuple[Array, Array]:
-    """Rows of a cluster of the mma family, and the number of clusters: ``RowShare.best`` in numpy."""
+def _shares(c: Columns, p: Sizes, token_tiles: Array, owners: Array, num_sms: int) -> tuple[Array, Array]:
+    """Passes of a block of the mma family, and the number of clusters: ``RowShare.best`` in numpy, but for equals."""
     least = np.full(c.block_n.shape, np.inf)
-    share, grids = np.zeros_like(least), np.ones_like(least)
+    best_passes, best_grid = np.zeros_like(least), np.ones_like(least)
     for blocks in range(int(c.resident.max(initial=1)), 0, -1):
         clusters = np.floor(np.minimum(blocks, c.resident) * num_sms / c.cluster)
         rows = np.ceil(np.ceil(p.n / 16) / np.maximum(np.floor(clusters / token_tiles), 1)) * 16
         grid = np.ceil(p.n / rows) * token_tiles
-        owners = np.floor(c.resident * num_sms / c.cluster)
-        busiest = np.ceil(np.minimum(grid, owners) * c.cluster / num_sms)
         passes = np.ceil(grid / owners) * np.ceil(rows / c.block_n)
+        busiest = np.ceil(np.minimum(grid, owners) * c.cluster / num_sms)
         time = passes * (busiest * (c.block_n / 16 + 0.5) + WAITING_K / (c.block_k * c.warps_k))
         less = time < least
-        least, share, grids = np.where(less, time, least), np.where(less, rows, share), np.where(less, grid, grids)
-    return share, grids
+        least = np.where(less, time, least)
+        best_passes, best_grid = np.where(less, passes, best_passes), np.where(less, grid, best_grid)
+    return best_passes, best_grid
 
 
 def _worst(norm: float, *times: Array) -> Array:

@@ -8,13 +8,14 @@ from typing import Any
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families.base import LaunchShape, fitted, reject_format
-from marlin_gen.families.row_share import MAX_RESIDENT, ROW_BLOCK, RowShare
+from marlin_gen.families.row_share import ROW_BLOCK, RowShare
 from marlin_gen.formats import FORMATS, WeightFormat
 from marlin_gen.problem import Problem
 
 SLICE_K = 64  # k of a packed tile
 TOKEN_TILES = (8, 16, 24, 32, 48, 64)
 MAX_WARPS = 16
+MAX_BLOCKS = 32  # that any SM holds
 MAX_SCALE_BYTES = 512  # of a warp's rows in a pass and group: every lane copies at most 16
 STAGES = (2, 10)
 SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
@@ -147,9 +148,12 @@ class MmaFamily:
 
         ``arch``: the target to take configs of, where it is not the GPU's own.
         """
-        configs = self.defaults(arch or gpu.arch, FORMATS[problem.weight_format])
-        shares = {config: self.share(config, problem, gpu) for config in configs}
-        return Plan(min(configs, key=lambda c: (shares[c].computed + shares[c].passes) * self.cost(c)))
+
+        def work(config: KernelConfig) -> float:
+            share = self.share(config, problem, gpu)
+            return (share.computed + share.passes) * self.cost(config)
+
+        return Plan(min(self.defaults(arch or gpu.arch, FORMATS[problem.weight_format]), key=work))
 
     def share(self, config: KernelConfig, problem: Problem, gpu: Gpu) -> RowShare:
         """How a launch will share out the rows, if the estimate of the blocks that an SM holds is right."""
@@ -194,7 +198,7 @@ class MmaFamily:
         registers = _ceil_div(min(self._registers(config), self.max_registers(config, arch)), 8) * 8
         return max(1, min(
             arch.smem_per_sm // (self.smem_bytes(config, fmt) + arch.smem_reserved),
-            arch.max_threads_per_sm // threads, arch.registers_per_sm // (registers * threads), MAX_RESIDENT,
+            arch.max_threads_per_sm // threads, arch.registers_per_sm // (registers * threads), MAX_BLOCKS,
         ))  # fmt: skip
 
     def max_registers(self, config: KernelConfig, arch: Arch) -> int:

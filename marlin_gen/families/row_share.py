@@ -8,9 +8,8 @@ from marlin_gen.config import KernelConfig
 from marlin_gen.problem import Problem
 
 ROW_BLOCK = 16  # rows of one mma, the unit in which output features are shared out
-MAX_RESIDENT = 32  # blocks of an SM
-# A warp waits for a stage as long as an SM computes so many k of a row block: 330 clocks beside 0.21 (cost_model). Of
-# 1190 configs at twelve problems one near the best is slower by it than with as many blocks as fit (tools/FACTS.md).
+# A warp waits for a stage about as long as an SM computes so many k of a row block: 330 clocks beside 0.21. Of 1190
+# configs at twelve problems one near the best is slower by it than with as many blocks as fit (tools/FACTS.md).
 WAITING_K = 1560
 
 
@@ -31,8 +30,9 @@ class RowShare:
         More blocks wait for memory at the same time; but a range that ends inside a pass computes the whole pass, and
         a block more on some SMs is waited for by all.
         """
-        full = {blocks * num_sms // config.cluster_size for blocks in range(1, MAX_RESIDENT + 1)}
-        counts = {clusters for clusters in full if 0 < clusters < max_clusters} | {max_clusters}
+        resident = max_clusters * config.cluster_size // num_sms  # blocks of an SM
+        full = {blocks * num_sms // config.cluster_size for blocks in range(1, resident + 1)}
+        counts = full - {0} | {max_clusters}
         return min(cls._of(clusters, config, problem, num_sms, max_clusters) for clusters in counts)
 
     @classmethod

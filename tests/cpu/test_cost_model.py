@@ -12,8 +12,10 @@ import synthetic
 from marlin_gen import env
 from marlin_gen.bench import read_csv
 from marlin_gen.config import KernelConfig, Plan
-from marlin_gen.cost_model import COSTS, attainable_tflops, predict_us
+from marlin_gen.cost_model import COSTS, Columns, Sizes, _shares, attainable_tflops, predict_us
 from marlin_gen.families import FAMILIES
+from marlin_gen.families.mma import MMA
+from marlin_gen.families.row_share import WAITING_K
 from marlin_gen.problem import Problem
 from marlin_gen.search.calibrated import Calibrated
 from marlin_gen.space import ConfigSpace, candidates_of
@@ -51,10 +53,14 @@ WINNERS = [
 
 
 @pytest.fixture(scope="module")
-def predicted() -> tuple[list[KernelConfig], np.ndarray]:
+def space() -> list[KernelConfig]:
+    return ConfigSpace(synthetic.H100.arch, synthetic.FMT, FAMILIES).enumerate()
+
+
+@pytest.fixture(scope="module")
+def predicted(space: list[KernelConfig]) -> tuple[list[KernelConfig], np.ndarray]:
     """The space without what those that won these cells did not have to beat: deferred kernels of the wgmma family, and
     decoding by lifted scales."""
-    space = ConfigSpace(synthetic.H100.arch, synthetic.FMT, FAMILIES).enumerate()
     space = [c for c in space if (c.family, c.dequant) != ("wgmma", "deferred")]
     configs = list(dict.fromkeys([*space, *(KernelConfig.from_key(row[-1]) for row in WINNERS)]))
     costs = replace(COSTS, lifted_alu=COSTS.exact_alu)
@@ -77,10 +83,10 @@ def test_winners_rank_high_and_pass_the_first_gate(predicted: tuple[list[KernelC
 
 
 @pytest.mark.parametrize("folder", BENCHES, ids=lambda folder: folder.name.split("-")[0])
-def test_knows_the_winners_of_the_committed_tables(folder: Path) -> None:
+def test_knows_the_winners_of_the_committed_tables(folder: Path, space: list[KernelConfig]) -> None:
     """All cells of both GPUs, by one set of costs: their times, and that few of the space promise to be better."""
     rows, gpu = read_csv(folder / "bench.csv"), read_file(folder / FILE_NAME).gpu
-    space = ConfigSpace(gpu.arch, synthetic.FMT, FAMILIES).enumerate()
+    assert gpu.arch == synthetic.H100.arch
     us = predict_us(space, [row.problem for row in rows], gpu)
     own = np.array([us[space.index(Plan.from_key(row.config).config), j] for j, row in enumerate(rows)])
     ratios = own / [row.us for row in rows]
@@ -88,6 +94,20 @@ def test_knows_the_winners_of_the_committed_tables(folder: Path) -> None:
     assert min(ratios) > 0.9 and max(ratios) < 1.25
     # Where many are as fast, as at 28672x4096 m=8, the winner may rank anywhere; it is near the favourite all the same.
     assert np.quantile((us < own).mean(axis=0), 0.95) < 0.01 and (own / us.min(axis=0)).max() < 1.2
+
+
+def test_shares_out_rows_as_launches_do(space: list[KernelConfig]) -> None:
+    """The same least time; where two ways have it, launches look at what is read besides."""
+    gpu, configs = synthetic.H100, [c for c in space if c.family == "mma"][::97]
+    columns = Columns(configs, synthetic.FMT, gpu.arch)
+    owners = np.floor(gpu.num_sms * columns.resident / columns.cluster)
+    for problem in (Problem(n, 4096, m) for n in (64, 4096, 6144, 28672) for m in (1, 16, 100)):
+        tiles = np.ceil(problem.m / columns.block_m)
+        passes, grid = _shares(columns, Sizes([problem]), tiles, owners, gpu.num_sms)
+        busiest = np.ceil(np.minimum(grid, owners) * columns.cluster / gpu.num_sms)
+        waiting = WAITING_K / (columns.block_k * columns.warps_k)
+        times = [MMA.share(config, problem, gpu).time for config in configs]
+        assert passes * (busiest * (columns.block_n / 16 + 0.5) + waiting) == pytest.approx(times)
 
 
 def test_whole_numbers_pay_at_few_tokens_where_rows_have_no_lifts() -> None:
@@ -113,10 +133,9 @@ def test_attainable_rate_is_that_of_the_reference_table() -> None:
     assert attainable_tflops(synthetic.H100) == pytest.approx(775, rel=0.01)
 
 
-def test_correction_learns_what_the_arithmetic_leaves_out() -> None:
+def test_correction_learns_what_the_arithmetic_leaves_out(space: list[KernelConfig]) -> None:
     """Half of the pairs teach; on configs never seen the error falls by a third at least."""
     cells = synthetic.problems(tokens=(1, 16, 256))
-    space = ConfigSpace(synthetic.H100.arch, synthetic.FMT, FAMILIES).enumerate()
     configs = space[:: len(space) // 600]
     truth = synthetic.true_us(configs, cells)
     model = Calibrated.start(candidates_of(configs).features, cells, predict_us(configs, cells, synthetic.H100))
@@ -131,10 +150,10 @@ def test_correction_learns_what_the_arithmetic_leaves_out() -> None:
     assert after < before * 2 / 3, (before, after)
 
 
-def test_expects_gain_where_there_is_something_to_win() -> None:
+def test_expects_gain_where_there_is_something_to_win(space: list[KernelConfig]) -> None:
     """A slower best, a quicker prediction, a larger error promise more; a best at the roofline promises nothing."""
     cells = synthetic.problems(((4096, 4096),), (1, 64))
-    configs = ConfigSpace(synthetic.H100.arch, synthetic.FMT, FAMILIES).enumerate()[::200]
+    configs = space[::200]
     model = Calibrated.start(candidates_of(configs).features, cells, predict_us(configs, cells, synthetic.H100))
     rows, best = np.arange(len(configs)), model.best_us
     gain = model.expected_gain(rows, best, 0 * best + 1e-6)
