@@ -21,11 +21,17 @@ from marlin_gen.serve import Server
 FORMAT_NAMES = {code: name for name, code in FORMAT_CODES.items()}
 ROW_UNIT = ALIGNMENT // 2  # elements: kernels read rows of activations that are multiples of this apart
 _ERRORS = threading.local()
+_REGISTERING = threading.Lock()
+
+
+def direct() -> Any:
+    """``gemm_no_grad`` (a, weight, scales, bias, format code) where there is a native launcher, else None."""
+    with _REGISTERING:  # torch takes one implementation, and threads may make their first calls at once
+        return _direct()
 
 
 @cache
-def direct() -> Any:
-    """``gemm_no_grad`` (a, weight, scales, bias, format code) where there is a native launcher, else None."""
+def _direct() -> Any:
     found = native.library()
     if found is None:
         return None
@@ -40,16 +46,20 @@ def slow(
     """``gemm_slow``: the product, or the text of an error as uint8."""
     try:
         return serve(a, weight, scales, bias, FORMAT_NAMES.get(format, f"number {format}"), LAYOUT_VERSION)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: the first call may compile for seconds
         _ERRORS.latest = error
-        return torch.tensor(list(f"{type(error).__name__}: {error}".encode()), dtype=torch.uint8)
+        return torch.tensor(list(_text(error).encode()), dtype=torch.uint8)
 
 
-def raised(error: RuntimeError) -> Exception:
+def raised(error: RuntimeError) -> BaseException:
     """What this thread's ``slow`` raised, if that is why the native op failed with ``error``; else ``error``."""
     latest = getattr(_ERRORS, "latest", None)
     _ERRORS.latest = None
-    return latest if isinstance(latest, Exception) and str(latest) in str(error) else error
+    return latest if latest is not None and _text(latest) in str(error) else error
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def serve(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from marlin_gen.arch import Gpu
+
+_THREAD = threading.local()
+_MAX_CONFIGS = 4096  # remembered by a thread: one per grid seen
 
 
 class LaunchError(RuntimeError):
@@ -98,10 +102,20 @@ def load_image(image: bytes, symbol: str, smem_bytes: int) -> Function:
 
 
 def launch_config(grid: int, threads: int, smem_bytes: int, cluster: int, dependent: bool = False) -> Any:
-    """A reusable CUlaunchConfig for one-dimensional grids; set ``hStream`` before each launch.
+    """This thread's CUlaunchConfig for a one-dimensional grid: ``launch`` writes the stream into it.
 
     ``dependent``: a kernel that calls griddepcontrol.wait may start before the one ahead of it on the stream is done.
     """
+    configs = _THREAD.__dict__.setdefault("configs", {})
+    key = (grid, threads, smem_bytes, cluster, dependent)
+    if key not in configs:
+        if len(configs) >= _MAX_CONFIGS:
+            configs.clear()
+        configs[key] = _new_config(*key)
+    return configs[key]
+
+
+def _new_config(grid: int, threads: int, smem_bytes: int, cluster: int, dependent: bool) -> Any:
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1

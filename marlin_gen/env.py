@@ -32,7 +32,7 @@ VARIABLES = {
         Variable("MARLIN_GEN_CACHE_DIR", "folder", "~/.cache/marlin_gen", "compiled kernels; safe to delete"),
         Variable("MARLIN_GEN_NVCC", "file", "none", "the nvcc to use, before wheels, CUDA_HOME and PATH"),
         Variable("MARLIN_GEN_COMPILER", "auto|nvcc|nvrtc", "auto", "which compiler; auto takes the default that works"),
-        Variable("MARLIN_GEN_TABLE", "folder", "none", "a dispatch table's folder, used instead of the shipped ones"),
+        Variable("MARLIN_GEN_TABLE", "folder", "none", "a table's folder, used before the shipped ones"),
         Variable("MARLIN_GEN_CONFIG", "plan key", "none", "force this plan for every problem, past the table"),
         Variable("MARLIN_GEN_OVERRIDE_DIR", "folder", "none", "a hand-edited <spec>.cu here wins over the template"),
         Variable("MARLIN_GEN_DUMP_DIR", "folder", "none", "copy every compiled kernel here, with source and report"),
@@ -93,7 +93,7 @@ def compiler() -> str:
 
 
 def table_dir() -> Path | None:
-    """The dispatch table's folder to use instead of the shipped and user-tuned ones."""
+    """The dispatch table's folder to use instead of the user-tuned ones, before the shipped ones."""
     return _folder("MARLIN_GEN_TABLE")
 
 

@@ -6,7 +6,6 @@ import ctypes
 import logging
 import threading
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -20,7 +19,6 @@ NAME = "gather"  # of templates/gather.cu, of its symbol, and of its file in ptx
 THREADS, COLUMNS = 128, 8  # of a block; of a thread
 MAX_ROWS = 16  # of a thread: more would leave a GPU's SMs without work at the token counts of a prefill
 ROWS_FROM = 64  # fewer tokens than this each have threads of their own
-_THREAD = threading.local()
 
 
 def check(a: torch.Tensor, order: torch.Tensor) -> None:
@@ -73,7 +71,7 @@ class Gather:
         arguments += [ctypes.c_uint64(a.stride(0)), ctypes.c_uint64(a.stride(1))]
         sizes = [ctypes.c_int32(size) for size in (m, k, rows)]
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        driver.launch(function, _config(grid(m, k)), [*arguments, *sizes], stream)
+        driver.launch(function, driver.launch_config(grid(m, k), THREADS, 0, 1), [*arguments, *sizes], stream)
 
     def _load(self) -> driver.Function | None:
         """The loaded kernel; None, for good, when it cannot be had, and for now while a graph is captured."""
@@ -99,16 +97,6 @@ def rows_per_block(m: int) -> int:
 def grid(m: int, k: int) -> int:
     """Blocks: as templates/gather.cu counts them."""
     return -(-(k // COLUMNS) // THREADS) * -(-m // rows_per_block(m))
-
-
-def _config(blocks: int) -> Any:
-    """A config of this thread's: its stream is set before each launch."""
-    configs = _THREAD.__dict__.setdefault("configs", {})
-    if blocks not in configs:
-        if len(configs) >= 256:
-            configs.clear()
-        configs[blocks] = driver.launch_config(blocks, THREADS, 0, 1)
-    return configs[blocks]
 
 
 @cache

@@ -23,6 +23,7 @@ __all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
 
 _MIN_LOCKS = 4096  # words of a stream's buffer: more than any kernel of today's GPUs needs
 _MAX_SHAPES = 4096  # launch shapes remembered per kernel: one per (plan, problem) seen
+_MAKING = threading.Lock()
 
 
 @dataclass
@@ -32,23 +33,19 @@ class Kernel:
     spec: KernelSpec
     function: driver.Function
     max_clusters: int  # clusters (blocks, when there are none) that are resident at once
-    shapes: dict[tuple[int, Problem], tuple[LaunchShape, tuple[Any, Any]]] = field(default_factory=dict)
+    shapes: dict[tuple[int, Problem], tuple[LaunchShape, tuple[int, int]]] = field(default_factory=dict)
 
-    def shape(self, plan: Plan, problem: Problem, num_sms: int) -> tuple[LaunchShape, tuple[Any, Any]]:
-        """The launch shape and its reusable driver configs: of a plain launch, and of a dependent one."""
+    def shape(self, plan: Plan, problem: Problem, num_sms: int) -> tuple[LaunchShape, tuple[int, int]]:
+        """The launch shape, and the dynamic shared memory of a plain launch and of a dependent one, in bytes."""
         known = self.shapes.get((plan.raster, problem))
         if known:
             return known
         shape = FAMILIES.of(plan.config).launch_shape(plan, problem, num_sms, self.max_clusters)
-        alone = _smem_bytes_alone(shape, self.spec.arch_row, num_sms)
-        configs = (
-            driver.launch_config(shape.grid, shape.threads, shape.smem_bytes, shape.cluster),
-            driver.launch_config(shape.grid, shape.threads, alone, shape.cluster, dependent=True),
-        )
+        found = shape, (shape.smem_bytes, _smem_bytes_alone(shape, self.spec.arch_row, num_sms))
         if len(self.shapes) >= _MAX_SHAPES:
             self.shapes.clear()
-        self.shapes[plan.raster, problem] = shape, configs
-        return shape, configs
+        self.shapes[plan.raster, problem] = found
+        return found
 
 
 def _smem_bytes_alone(shape: LaunchShape, arch: Arch, num_sms: int) -> int:
@@ -74,6 +71,7 @@ class Workspace:
         self._device = device
         self._locks: dict[int, torch.Tensor] = {}  # by stream
         self._outgrown: list[torch.Tensor] = []  # kept: the native launcher may have read their addresses
+        self._growing = threading.Lock()
 
     def take(self, shape: LaunchShape, stream: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Partials and locks for a launch on ``stream``, the current stream; (None, None) where none are needed.
@@ -85,12 +83,13 @@ class Workspace:
         partials = torch.empty(shape.partials_bytes, dtype=torch.uint8, device=self._device)
         if torch.cuda.is_current_stream_capturing():
             return partials, torch.zeros(shape.num_locks, dtype=torch.int32, device=self._device)
-        locks = self._locks.get(stream)
-        if locks is None or locks.numel() < shape.num_locks:
-            if locks is not None:
-                self._outgrown.append(locks)
-            words = max(shape.num_locks, _MIN_LOCKS)
-            locks = self._locks[stream] = torch.zeros(words, dtype=torch.int32, device=self._device)
+        with self._growing:  # threads may share a stream: a buffer that one of them was given must not be dropped
+            locks = self._locks.get(stream)
+            if locks is None or locks.numel() < shape.num_locks:
+                if locks is not None:
+                    self._outgrown.append(locks)
+                words = max(shape.num_locks, _MIN_LOCKS)
+                locks = self._locks[stream] = torch.zeros(words, dtype=torch.int32, device=self._device)
         return partials, locks
 
     def shared_locks(self, stream: int) -> torch.Tensor | None:
@@ -110,10 +109,10 @@ class Launcher:
         torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
 
     @classmethod
-    @cache
     def for_device(cls, device_index: int) -> Launcher:
-        """The one launcher of a device."""
-        return cls(device_index)
+        """The one launcher of a device, whichever thread asks first."""
+        with _MAKING:
+            return _launcher(device_index)
 
     def load(
         self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None, ptx: str | None = None
@@ -168,7 +167,7 @@ class Launcher:
         kernel ahead that does not itself let its successors start before it has. Not for a kernel of an architecture
         without TMA, which does not wait.
         """
-        shape, configs = kernel.shape(plan, problem, self.gpu.num_sms)
+        shape, smem_bytes = kernel.shape(plan, problem, self.gpu.num_sms)
         if bias is not None and "bias" not in shape.operands:
             raise LaunchError(f"{kernel.spec.key} takes no bias")
         if "a" in shape.operands:
@@ -192,4 +191,10 @@ class Launcher:
                 arguments.append(ctypes.c_uint64(tensor.data_ptr() if tensor is not None else 0))
         arguments.extend(map(ctypes.c_int32, (*shape.scalars, dependent)))
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
-        driver.launch(kernel.function, configs[dependent], arguments, stream)
+        config = driver.launch_config(shape.grid, shape.threads, smem_bytes[dependent], shape.cluster, dependent)
+        driver.launch(kernel.function, config, arguments, stream)
+
+
+@cache
+def _launcher(device_index: int) -> Launcher:
+    return Launcher(device_index)

@@ -48,7 +48,11 @@ class _Child:
         threading.Thread(target=self._read_answers, daemon=True).start()
         self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._stderr_reader.start()
-        self.gpu = Gpu.from_json(self._answer(START_SECONDS)["gpu"])
+        try:
+            self.gpu = Gpu.from_json(self._answer(START_SECONDS)["gpu"])
+        except BaseException:
+            self.kill()
+            raise
 
     def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Send a request and yield its answers as they come; WorkerLost when there will be no more."""
@@ -100,10 +104,7 @@ class GpuMeasurer:
     def __init__(self, device_index: int = 0) -> None:
         self._device_index = device_index
         self._child: _Child | None = None
-        try:
-            self.gpu: Gpu = self._worker().gpu
-        except WorkerLost as lost:
-            raise LaunchError(f"cannot use CUDA device {device_index}: {lost}") from lost
+        self.gpu: Gpu = self._worker().gpu
 
     def screen(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
         for job in jobs:
@@ -174,8 +175,12 @@ class GpuMeasurer:
             self._child = None
 
     def _worker(self) -> _Child:
+        """The child, started if there is none; a LaunchError, which is no candidate's fault, where none starts."""
         if not self._child:
-            self._child = _Child(self._device_index)
+            try:
+                self._child = _Child(self._device_index)
+            except WorkerLost as lost:
+                raise LaunchError(f"cannot use CUDA device {self._device_index}: {lost}") from lost
         return self._child
 
 

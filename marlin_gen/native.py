@@ -155,13 +155,13 @@ def _library() -> Native | None:
     wanted = env.launcher()
     if wanted == "python":
         return None
-    reasons = []
-    for find in (*((lambda path=path: path) for path in native_build.candidates()), native_build.build_cached):
+    reasons, there = [], native_build.candidates()
+    for path in (*there, None):
         try:
-            return Native(find())
+            return Native(path or native_build.build_cached(there))
         except (OSError, native_build.BuildError) as error:
             reasons.append(str(error))
     if wanted == "native":
         raise RuntimeError(f"MARLIN_GEN_LAUNCHER=native, but there is no native launcher: {'; '.join(reasons)}")
-    log.info("launching from Python: %s", "; ".join(reasons))
+    log.warning("launching from Python, which takes several times as long a call: %s", "; ".join(reasons))
     return None

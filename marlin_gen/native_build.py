@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from marlin_gen import env
@@ -68,6 +69,8 @@ def build(folder: Path, output: Path) -> Path:
         if done.returncode:
             raise BuildError(f"{program} failed on the launcher: {done.stderr.strip()[-2000:]}")
         os.chmod(partial, 0o755)
+        with open(partial, "rb") as written:  # else a power cut may leave the name to an empty file
+            os.fsync(written.fileno())
         os.replace(partial, output)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{program} did not build the launcher: {error}") from error
@@ -92,11 +95,14 @@ def carried(folder: Path) -> Path:
     return folder.parents[1] / "build" / LIBRARY
 
 
-def build_cached() -> Path:
-    """Build into the cache, unless another process just did. Raises BuildError."""
+def build_cached(tried: Sequence[Path] = ()) -> Path:
+    """Build into the cache, unless another process just did. Raises BuildError.
+
+    One that was ``tried`` and did not load, as where machines that differ share a cache, is built anew.
+    """
     folder = env.native_dir()
     output = cached(folder)
-    if not output.is_file():
+    if output in tried or not output.is_file():
         log.info("building the launcher with %s, once", compiler())
         build(folder, output)
     return output

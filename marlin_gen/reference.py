@@ -6,7 +6,7 @@ import torch
 
 from marlin_gen.formats import DEFAULT_FORMAT, WeightFormat
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import check_scales
+from marlin_gen.layout import PackedWeight, check_scales, unpack
 from marlin_gen.problem import check_shape
 
 # A group's scale is absmax / divisor for the divisor with the least squared error. 7 (of 4 bits) clips nothing; 8 and
@@ -131,6 +131,18 @@ def gemm_reference(
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
     c = a.float() @ _decoded(codes.float(), scales.float(), fmt).T
     return c if bias is None else c + bias.float()
+
+
+def dequantized_matmul(
+    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """``out [m, n] = a [m, k] @ B^T + bias [n]`` with the whole weight decoded first, on any device."""
+    codes, scales = unpack(packed)
+    weight = dequantize(codes, scales, packed.weight_format, a.dtype).T
+    if bias is None:
+        torch.matmul(a, weight, out=out)
+    else:
+        torch.addmm(bias, a, weight, out=out)
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:

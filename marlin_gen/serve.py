@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import warnings
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,15 @@ from marlin_gen import native
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
 from marlin_gen.launch import Kernel, Launcher, LaunchError
-from marlin_gen.layout import PackedWeight, unpack
+from marlin_gen.layout import PackedWeight
 from marlin_gen.problem import Problem
-from marlin_gen.reference import dequantize
+from marlin_gen.reference import dequantized_matmul
 from marlin_gen.shipped_ptx import shipped_ptx
 
 log = logging.getLogger("marlin_gen")
 
+_SERVERS: dict[int, Server] = {}
+_MAKING = threading.Lock()
 MAX_STEPS = 1 << 14  # problems remembered per device; far above the token counts a server meets
 
 
@@ -120,15 +121,15 @@ class Server:
 
     def _tell_native(self, launcher: native.Native, problem: Problem, plan: Plan, kernel: Kernel) -> None:
         """This problem's launch, and the current stream's locks where it needs them."""
-        shape, configs = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
+        shape, smem_bytes = kernel.shape(plan, problem, self.launcher.gpu.num_sms)
         if shape.num_locks:
             stream = torch.cuda.current_stream(self.device_index).cuda_stream
             locks = self.launcher.workspace.shared_locks(stream)
             if locks is not None:  # else it is being captured
                 launcher.put_locks(self.device_index, stream, locks.data_ptr(), locks.numel())
         dependent = self.launcher.depends(kernel.spec)
-        smem_bytes = int(configs[dependent].sharedMemBytes)
-        launcher.put_step(problem, self.device_index, int(kernel.function.handle), shape, smem_bytes, dependent)
+        handle = int(kernel.function.handle)
+        launcher.put_step(problem, self.device_index, handle, shape, smem_bytes[dependent], dependent)
 
     def forget_native(self) -> None:
         """Let every problem's next call come by here."""
@@ -184,6 +185,11 @@ class Server:
         try:
             return self.launcher.load(location.cubin, location.symbol, spec, location.sha256, location.ptx)
         except LaunchError as error:
+            if torch.cuda.is_current_stream_capturing():
+                fix = "call marlin_gen.gemm once with these shapes before"
+                raise LaunchError(f"no kernel is loaded while a CUDA graph is captured ({error}); {fix}") from error
+            if "OUT_OF_MEMORY" in str(error):  # the kernel is not at fault: the next call may find room for it
+                raise
             _warn(f"{location.cubin} does not load ({error}); using the next candidate. Compile or tune it again")
             return None
 
@@ -213,25 +219,22 @@ class Server:
         return KernelLocation(result.cubin, result.symbol)
 
 
-@cache
 def _server(device_index: int) -> Server:
+    """The one server of a device, whichever thread asks first: a second one's locks would not be the first one's."""
+    if device_index not in _SERVERS:
+        with _MAKING:
+            if device_index not in _SERVERS:
+                _SERVERS[device_index] = new_server(device_index)
+    return _SERVERS[device_index]
+
+
+def new_server(device_index: int) -> Server:
+    """A server with the tables that are found now; the native launcher forgets what it was told by another."""
     launcher = Launcher.for_device(device_index)
     server = Server(device_index, launcher, Dispatcher(launcher.gpu, find_tables(), forced_plan(), shipped_ptx()))
     if found := native.library():
         server.launch_natively(found)
     return server
-
-
-def dequantized_matmul(
-    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """The last resort: ``out = a @ B^T + bias`` with the whole weight decoded first."""
-    codes, scales = unpack(packed)
-    weight = dequantize(codes, scales, packed.weight_format, a.dtype).T
-    if bias is None:
-        torch.matmul(a, weight, out=out)
-    else:
-        torch.addmm(bias, a, weight, out=out)
 
 
 def _fix(problem: Problem) -> str:

@@ -9,7 +9,6 @@ atomic and locked: any number of processes may tune into, import into and load f
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from marlin_gen.measurement import PROTOCOL, Artifact
 from marlin_gen.table_file import FILE_NAME, MAX_CUBIN_BYTES, Parsed, file_text, read_file
 from marlin_gen.table_row import KernelFile, TableRow, named_kernels
 
-__all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "parse", "publish"]
+__all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "fault_of", "parse"]
 
 
 READ_SECONDS = 2.0  # that serving waits for a writer, at most, and only to judge a kernel that looks damaged
@@ -82,12 +81,17 @@ class DispatchTable:
         if prefer == "newer":  # a tune ships what it was told to, defaults of other shapes included
             kernels |= newer.kernels
         runs = tuple(run for run in self.runs if run not in newer.runs) + newer.runs
-        return replace(newer, rows=_sorted(rows.values()), kernels=kernels, runs=runs, folder=self.folder)
+        # Of rows of two protocols both are named, which no other table's times are compared with.
+        both_protocols = dict.fromkeys((*self.protocol.split("; "), *newer.protocol.split("; ")))
+        return replace(
+            newer, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
+            folder=self.folder,
+        )  # fmt: skip
 
     def intact(self) -> DispatchTable:
         """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing."""
         folder = self.folder
-        kernels = {k: v for k, v in self.kernels.items() if folder and _fault(folder / v.file, v) is None}
+        kernels = {k: v for k, v in self.kernels.items() if folder and fault_of(folder / v.file, v) is None}
         rows = tuple(row for row in self.rows if row.specs(self.gpu)[0].key in kernels)
         return replace(self, rows=rows, kernels=kernels)
 
@@ -107,7 +111,7 @@ class DispatchTable:
         if kernel is None or self.folder is None:
             return None
         path = self.folder / kernel.file
-        fault = _fault(path, kernel)
+        fault = fault_of(path, kernel)
         if fault is None:
             return kernel
         # Another process may have written since: its build of the same kernel serves as well, and where it dropped the
@@ -115,8 +119,8 @@ class DispatchTable:
         with suppress(OSError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
             now = _kernels_now(self.folder)
             if now is not None and now.get(key) != kernel:
-                return now[key] if key in now and _fault(path, now[key]) is None else None
-            fault = _fault(path, kernel)
+                return now[key] if key in now and fault_of(path, now[key]) is None else None
+            fault = fault_of(path, kernel)
         if fault is None:
             return kernel
         _warn(f"{path} {fault}; using the next candidate instead. Restore the file, or tune again")
@@ -128,12 +132,21 @@ class DispatchTable:
 
         Rows and kernels that are not understood are left out, all in one warning.
         """
+        try:
+            return cls.read(folder)
+        except OSError as error:
+            _warn(f"{folder / FILE_NAME} is not used: {error}")
+            return None
+
+    @classmethod
+    def read(cls, folder: Path) -> DispatchTable | None:
+        """``load``, but an OSError where there is a file that cannot be read now."""
         path = folder / FILE_NAME
         try:
             found = read_file(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             _warn(f"{path} is not used: {error}")
             return None
         if found.faults:
@@ -161,7 +174,7 @@ class DispatchTable:
             there = folder / kernel.file
             made = [cubins[key]] if key in cubins else []
             places = [*made, there, *(source / kernel.file for source in sources)]
-            good = next((place for place in places if _fault(place, kernel) is None), None)
+            good = next((place for place in places if fault_of(place, kernel) is None), None)
             if good is None:
                 raise ValueError(f"{places[0]} is not the kernel that the table names; compile {key} again")
             if good != there:
@@ -171,34 +184,6 @@ class DispatchTable:
             if stray.stem not in self.kernels:
                 stray.unlink(missing_ok=True)
         return replace(self, folder=folder, _checked={})
-
-
-def publish(
-    folder: Path, table: DispatchTable, artifacts: Iterable[Artifact] = (), *, prefer: str = "newer"
-) -> DispatchTable:
-    """Merge ``table`` into the one in ``folder`` and write it, under a lock. Rows of other problems stay.
-
-    Its kernels come from ``artifacts``, else from its own folder. Where both have a row of one problem, ``prefer`` says
-    whose stays (``DispatchTable.merged``). Raises ValueError when the folder holds the table of another kind of GPU,
-    TimeoutError when another process keeps the lock. A table that cannot be used (damaged, or of another schema) is
-    kept beside the new one as table.json.unused.
-    """
-    artifacts = list(artifacts)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_files.locked(folder):
-        old = DispatchTable.load(folder)
-        if old and not old.gpu.same_class(table.gpu):
-            raise ValueError(
-                f"{folder} holds the table of {old.gpu.slug}; write that of {table.gpu.slug} to another folder"
-            )
-        if old is None and (folder / FILE_NAME).exists():
-            os.replace(folder / FILE_NAME, folder / f"{FILE_NAME}.unused")
-        _sweep(folder)
-        sources = [table.folder] if table.folder else []
-        if old:
-            intact = {k: v for k, v in old.kernels.items() if _fault(folder / v.file, v) is None}
-            table = replace(old, kernels=intact).merged(table, prefer)
-        return table.write(folder, artifacts, sources)
 
 
 def parse(data: Any, folder: Path | None = None) -> tuple[DispatchTable | None, list[str]]:
@@ -214,13 +199,7 @@ def _of(found: Parsed, folder: Path | None) -> DispatchTable:
     return DispatchTable(found.gpu, _sorted(found.rows), found.kernels, tuple(found.runs), found.protocol, folder)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a writer that was killed left half written. Under the lock: there is no other writer now."""
-    for left_over in (*folder.glob(f".{FILE_NAME}.*"), *(folder / "kernels").glob(".*.cubin.*")):
-        left_over.unlink(missing_ok=True)
-
-
-def _fault(path: Path, kernel: KernelFile) -> str | None:
+def fault_of(path: Path, kernel: KernelFile) -> str | None:
     """What is wrong with the cubin at ``path``, as the end of a sentence; None when it is the table's."""
     try:
         content = whole_files.read(path, MAX_CUBIN_BYTES)

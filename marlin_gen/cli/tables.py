@@ -12,10 +12,11 @@ import typer
 from marlin_gen import env
 from marlin_gen.cli.console import note, out, print_json, table, us
 from marlin_gen.problem import Problem
-from marlin_gen.table import PREFERENCES, DispatchTable, publish
+from marlin_gen.table import PREFERENCES, DispatchTable
 from marlin_gen.table_archive import held, opened
 from marlin_gen.table_diff import TableDiff
 from marlin_gen.table_diff import diff as difference
+from marlin_gen.table_publish import publish
 
 Prefer = Annotated[str, typer.Option(help=f"Whose row of a problem that both have: {', '.join(PREFERENCES)}.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -21,7 +21,8 @@ from marlin_gen.record import pack
 from marlin_gen.replay import ReplayMeasurer, recording_name
 from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
 from marlin_gen.search import tune as search
-from marlin_gen.table import DispatchTable, publish
+from marlin_gen.table import DispatchTable
+from marlin_gen.table_publish import publish
 from marlin_gen.table_row import TableRow
 
 GPU_TRIALS, REPLAY_TRIALS = 2000, 192  # a replay compiles for real, on machines that may have two cores

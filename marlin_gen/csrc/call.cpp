@@ -45,6 +45,7 @@ bool Call::read_rows() {
   int64_t m = 1, next = 0;
   row_stride = k;
   for (int64_t i = a.dim - 2; i >= 0; --i) {
+    if (a.sizes[i] == 0) return false;
     if (a.sizes[i] == 1) continue;
     if (m == 1) row_stride = next = a.strides[i];
     if (a.strides[i] != next || a.sizes[i] > INT_MAX / m) return false;
@@ -52,7 +53,7 @@ bool Call::read_rows() {
     next = row_stride * m;
   }
   // Tensor maps: rows apart by 16-byte units, less than 2^40 bytes.
-  if (m == 0 || !a.aligned() || row_stride < k || row_stride % 8 || row_stride >= int64_t(1) << 39) return false;
+  if (!a.aligned() || row_stride < k || row_stride % 8 || row_stride >= int64_t(1) << 39) return false;
   key.n = int32_t(n), key.k = int32_t(k), key.m = int32_t(m);
   return true;
 }

@@ -16,7 +16,7 @@ MARLIN_GEN_EXPORT const char* marlin_gen_init() {
   if (const char* const missing = load_torch()) return missing;
   if (const char* const missing = cuda::load_driver()) return missing;
   pthread_atfork(nullptr, nullptr, [] {
-    if (state.launches.load(std::memory_order_relaxed) != 0) state.forked.store(true, std::memory_order_relaxed);
+    if (state.used.load(std::memory_order_relaxed)) state.forked.store(true, std::memory_order_relaxed);
   });
   return nullptr;
 }
@@ -33,7 +33,10 @@ MARLIN_GEN_EXPORT const char* marlin_gen_implement(const char* op, const char* d
   return nullptr;
 }
 
-MARLIN_GEN_EXPORT void marlin_gen_put_step(ProblemKey const* key, Step const* step) { state.steps.put(*key, *step); }
+MARLIN_GEN_EXPORT void marlin_gen_put_step(ProblemKey const* key, Step const* step) {
+  state.used.store(true, std::memory_order_relaxed);
+  state.steps.put(*key, *step);
+}
 
 MARLIN_GEN_EXPORT void marlin_gen_clear_steps(int device) { state.steps.clear(device); }
 

@@ -22,7 +22,8 @@ struct State {
   LockTable locks;
   Format formats[kMaxFormats];  // group_size 0: not known. Written before the op is implemented, constant afterwards
   std::atomic<uint64_t> launches{0};
-  std::atomic<bool> forked{false};  // in a child of a process that had launched: no CUDA call may be made
+  std::atomic<bool> used{false};    // a step was put, so this process has launched, if only from Python
+  std::atomic<bool> forked{false};  // in a child of such a process: no CUDA call may be made
   cuda::Stream test_stream = nullptr;  // tests on CPU tensors pretend to be on it, and torch is not asked
 };
 

@@ -140,7 +140,9 @@ class MmaFamily:
         return None
 
     def reject_problem(self, config: KernelConfig, problem: Problem) -> str | None:
-        """Any m, n and k of the layout is served; only an empty product has nothing to launch."""
+        """Any m and n of the layout is served; an empty product has nothing to launch, and offsets in k are 32 bits."""
+        if problem.k >= 1 << 24:
+            return f"k={problem.k} is too large"
         return None if problem.m > 0 else "m=0 has no tokens, so there is nothing to launch"
 
     def default(self, problem: Problem, gpu: Gpu, arch: Arch | None = None) -> Plan:

@@ -66,8 +66,11 @@ class FakeGpu:
         return self.library.fake_num_launches()
 
     def latest(self) -> Launch:
+        return self.launch(self.launches - 1)
+
+    def launch(self, index: int) -> Launch:
         copy = Launch()
-        ctypes.memmove(ctypes.byref(copy), self.library.fake_launch(self.launches - 1), ctypes.sizeof(Launch))
+        ctypes.memmove(ctypes.byref(copy), self.library.fake_launch(index), ctypes.sizeof(Launch))
         return copy
 
     def pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:

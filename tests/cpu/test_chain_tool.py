@@ -13,8 +13,7 @@ from load_tool import load_tool
 from marlin_gen import csv_rows
 from marlin_gen.layout import pack, unpack
 from marlin_gen.problem import Problem
-from marlin_gen.reference import dequantize
-from marlin_gen.serve import dequantized_matmul
+from marlin_gen.reference import dequantize, dequantized_matmul
 from marlin_gen.timing import Spread
 
 CPU = torch.device("cpu")

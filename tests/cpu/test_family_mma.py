@@ -121,6 +121,9 @@ def test_an_sm_holds_as_many_blocks_as_the_config_asks_for_or_more(gpu: Gpu) -> 
 def test_empty_product_is_refused() -> None:
     assert "m=0" in (MMA.reject_problem(BASE, Problem(64, 128, 0)) or "")
     assert MMA.reject_problem(BASE, Problem(64, 128, 1)) is None
+    largest = (1 << 24) - 128
+    assert MMA.reject_problem(BASE, Problem(64, largest, 1)) is None
+    assert "k=16777216 is too large" in (MMA.reject_problem(BASE, Problem(64, largest + 128, 1)) or "")
 
 
 # One case per feature: a ring deeper or shallower than k, warps along n, passes that end early, k that ends inside a

@@ -5,6 +5,7 @@ The child is a real process that speaks the protocol; only the GPU is missing fr
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -96,3 +97,26 @@ def test_a_gpu_that_does_not_start_is_an_error_that_says_why(monkeypatch):
     monkeypatch.setattr(measure, "WORKER", (sys.executable, "-c", "raise SystemExit('CUDA driver not found')"))
     with pytest.raises(LaunchError, match=r"CUDA device 0.*CUDA driver not found"):
         GpuMeasurer(0)
+
+
+def test_a_gpu_that_is_lost_is_no_candidates_fault(measurer, monkeypatch):
+    """Else every candidate after it would be written down as crashed, for good."""
+    found = []
+    with pytest.raises(LaunchError, match=r"CUDA device 0.*no CUDA-capable device"):
+        for row in measurer.screen([job(2), job(3), job(5), job(6)]):
+            found.append((row.plan.config.num_stages, row.status))
+            if row.status == "crash":
+                gone = "raise SystemExit('no CUDA-capable device is detected')"
+                monkeypatch.setattr(measure, "WORKER", (sys.executable, "-c", gone))
+    assert found == [(2, "ok"), (3, "crash")]
+
+
+def test_a_child_that_does_not_start_in_time_is_killed(monkeypatch, tmp_path):
+    started = tmp_path / "pid"
+    code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    monkeypatch.setattr(measure, "WORKER", (sys.executable, "-c", code))
+    monkeypatch.setattr(measure, "START_SECONDS", 2.0)
+    with pytest.raises(LaunchError, match="no answer in 2 s"):
+        GpuMeasurer(0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)

@@ -161,6 +161,28 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path):
     assert [path.name for path in expected.parent.glob("*")] in ([native_build.LIBRARY], [])
 
 
+def test_a_cached_library_that_does_not_load_is_built_anew(tmp_path):
+    """One that a power cut left empty, or that another machine with another C library put into a shared cache."""
+    folder = tmp_path / "marlin_gen" / "csrc"
+    shutil.copytree(NATIVE, folder, ignore=shutil.ignore_patterns("*.so"))
+    fake_gpu.build(tmp_path)
+    there = tmp_path / "cache" / "native" / native_build.digest(folder) / native_build.LIBRARY
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"")
+    code = f"""
+import torch
+from pathlib import Path
+from marlin_gen import env, native
+env.native_dir = lambda: Path({str(folder)!r})
+print(native.library().path)
+"""
+    changes = {"MARLIN_GEN_CACHE_DIR": str(tmp_path / "cache"), "LD_LIBRARY_PATH": str(tmp_path)}
+    for _ in range(2):
+        done = run(code, **changes, MARLIN_GEN_LAUNCHER="native")
+        assert done.stdout.strip() == str(there) and there.stat().st_size > 0, done.stderr
+        changes["PATH"] = str(tmp_path)  # no compiler: from now on it is loaded
+
+
 def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
     folder = tmp_path / "marlin_gen" / "csrc"
     shutil.copytree(NATIVE, folder, ignore=shutil.ignore_patterns("*.so"))

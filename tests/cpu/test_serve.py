@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from marlin_gen.config import KernelSpec
 from marlin_gen.dispatch import Dispatcher
 from marlin_gen.driver import LaunchError
 from marlin_gen.problem import Problem
+from marlin_gen.reference import dequantized_matmul
 from marlin_gen.serve import Server, ServeWarning
 from marlin_gen.shipped_ptx import PtxWarning, ShippedPtx, shipped_ptx
 from marlin_gen.table import DispatchTable, TableWarning
@@ -29,12 +32,12 @@ class Loader:
     """Takes the driver's place: remembers what was loaded, refuses what it is told to, and computes nothing."""
 
     def __init__(self, refuse: str = "nothing") -> None:
-        self.refuse = refuse
+        self.refuse, self.error = refuse, "CUDA_ERROR_INVALID_IMAGE"
         self.loaded: list[Path] = []
 
     def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None, ptx: str | None) -> tuple[Path, str]:
         if self.refuse in spec.key:
-            raise LaunchError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
+            raise LaunchError(f"cuModuleLoadData: {self.error}")
         self.loaded.append(cubin)
         return cubin, symbol
 
@@ -44,6 +47,14 @@ def server(
 ) -> tuple[Server, Loader]:
     loader = Loader(refuse)
     return Server(0, loader, Dispatcher(gpu, found, ptx=ptx)), loader  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def captures(monkeypatch) -> list[bool]:
+    """Whether a graph is being captured: the last of these."""
+    told = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: told[-1])
+    return told
 
 
 @pytest.fixture
@@ -81,6 +92,40 @@ def test_a_cubin_that_does_not_load_costs_one_warning(tmp_path, no_compiler):
         assert made.choice(PROBLEM).plan == wgmma(16)
         assert made.choice(Problem(4096, 4096, 2)).plan == wgmma(16)
     assert len(caught) == 1 and len(loader.loaded) == 1
+
+
+def test_a_kernel_that_a_capture_does_not_let_load_is_not_given_up(tmp_path, captures):
+    made, loader = server([tables.table(tmp_path, ROWS)], refuse="mma-m8n32")
+    captures.append(True)
+    with pytest.raises(LaunchError, match=r"captured \(cuModuleLoadData.*call marlin_gen.gemm once .* before"):
+        made.choice(PROBLEM)
+    captures.append(False)
+    loader.refuse = "nothing"
+    assert made.choice(PROBLEM).plan == mma(32)
+
+
+def test_a_kernel_that_memory_is_short_for_is_not_given_up(tmp_path):
+    made, loader = server([tables.table(tmp_path, ROWS)], refuse="mma-m8n32")
+    loader.error = "CUDA_ERROR_OUT_OF_MEMORY"
+    with pytest.raises(LaunchError, match="OUT_OF_MEMORY"):
+        made.choice(PROBLEM)
+    loader.refuse = "nothing"
+    assert made.choice(PROBLEM).plan == mma(32)
+
+
+def test_threads_whose_first_calls_meet_get_one_server(monkeypatch):
+    made: list[int] = []
+
+    def slowly(index: int) -> object:
+        made.append(index)
+        time.sleep(0.05)
+        return object()
+
+    monkeypatch.setattr(serve, "_SERVERS", {})
+    monkeypatch.setattr(serve, "new_server", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(serve._server, [0, 1] * 8))
+    assert sorted(made) == [0, 1] and len(set(map(id, found))) == 2
 
 
 def test_without_table_and_compiler_the_last_resort_says_what_to_do(no_compiler):
@@ -205,8 +250,8 @@ def test_the_last_resort_computes_the_reference():
     scales = (torch.rand(64, 1) * 0.02 + 0.005).half()
     packed = pack(codes, scales)
     a, out = torch.randn(3, 128).half(), torch.full((3, 64), float("nan")).half()
-    serve.dequantized_matmul(a, packed, None, out)
+    dequantized_matmul(a, packed, None, out)
     reference = gemm_reference(a, codes, scales)
     assert (out.float() - reference).norm() / reference.norm() < 1e-3
-    serve.dequantized_matmul(a, packed, torch.ones(64).half(), out)
+    dequantized_matmul(a, packed, torch.ones(64).half(), out)
     assert (out.float() - reference - 1).norm() / reference.norm() < 1e-3

@@ -13,13 +13,15 @@ import pytest
 import tables
 from tables import H100, H200, mma, row, wgmma
 
+from marlin_gen import whole_files
 from marlin_gen.config import Plan
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.families.defaults import default_specs
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
-from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse, publish
+from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, parse
 from marlin_gen.table_file import seal
+from marlin_gen.table_publish import publish
 from marlin_gen.table_row import TableRow
 
 ROWS = [
@@ -229,6 +231,36 @@ def test_publish_sets_a_table_it_cannot_use_aside(written, tmp_path):
         publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {}), artifacts)
     assert (written.folder / f"{FILE_NAME}.unused").read_text() == "damaged by hand"
     assert len(load(written.folder).rows) == 1
+
+
+def test_publish_leaves_alone_a_table_that_cannot_be_read_now(written, tmp_path, monkeypatch):
+    """Too many open files, a network file system that hiccups: its rows are not lost for that."""
+    artifacts = [tables.artifact(tmp_path / "new", mma(48))]
+    newer = DispatchTable.build(H100, [row(8192, 8192, 1, mma(48))], artifacts, {})
+    before, real = (written.folder / FILE_NAME).read_bytes(), whole_files.read
+
+    def short_of_files(path, limit):
+        if path.name == FILE_NAME:
+            raise OSError(24, "Too many open files")
+        return real(path, limit)
+
+    monkeypatch.setattr(whole_files, "read", short_of_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        publish(written.folder, newer, artifacts)
+    with pytest.warns(TableWarning, match="is not used: .*Too many open files"):
+        assert DispatchTable.load(written.folder) is None
+    monkeypatch.undo()
+    assert (written.folder / FILE_NAME).read_bytes() == before and load(written.folder) == written
+
+
+def test_rows_of_two_protocols_are_not_taken_for_one(written):
+    newer = replace(written, protocol="v9", rows=written.rows[:1])
+    merged = written.merged(newer)
+    assert merged.protocol == f"{written.protocol}; v9" and len(merged.rows) == len(written.rows)
+    assert merged.merged(newer).protocol == merged.protocol
+    for other in (written, newer):
+        with pytest.raises(ValueError, match="the times of these tables cannot be compared"):
+            merged.merged(other, "faster")
 
 
 def test_a_full_disk_leaves_the_old_table(written, tmp_path, monkeypatch):

@@ -28,8 +28,9 @@ from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, digest, tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.record import load_recording
-from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning, publish
+from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
 from marlin_gen.table_file import check_seal, seal
+from marlin_gen.table_publish import publish
 
 ROWS = [row(4096, 4096, 1, mma(), default=mma(64)), row(4096, 4096, 16, wgmma(16, 256)), row(8192, 8192, 1, mma(48))]
 ASKED = [Problem(4096, 4096, 1), Problem(4096, 4096, 100), Problem(4096, 14336, 3), Problem(64, 128, 1)]

@@ -277,8 +277,7 @@ class FreshServer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from marlin_gen import serve
 
-        monkeypatch.setattr(serve, "_server", serve._server.__wrapped__)
-        made = serve._server(torch.cuda.current_device())
+        made = serve.new_server(torch.cuda.current_device())
         monkeypatch.setattr(serve, "_server", lambda device_index: made)
         self.server = made
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ from marlin_gen.dispatch import Dispatcher
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.defaults import ptx_plan
 from marlin_gen.formats import FORMATS
-from marlin_gen.launch import Kernel, Launcher
+from marlin_gen.launch import Kernel, Launcher, Workspace
 from marlin_gen.layout import PackedWeight
 from marlin_gen.problem import Problem
 from marlin_gen.serve import Server, ServeWarning
@@ -111,7 +114,7 @@ def test_both_launchers_hand_the_driver_the_same_bytes(launcher_and_library, str
         bias = torch.zeros(problem.n, dtype=dtype) if problem.m % 2 else None
         locks = torch.zeros(max(shape.num_locks, 1), dtype=torch.int32)
         library.put_locks(0, fake_gpu.STREAM, locks.data_ptr(), locks.numel())
-        smem_bytes = kernel.shape(plan, problem, 132)[1][dependent].sharedMemBytes
+        smem_bytes = kernel.shape(plan, problem, 132)[1][dependent]
         library.put_step(problem, 0, kernel.function.handle, shape, smem_bytes, dependent)
         before = library.launches()
         code = native.FORMAT_CODES[problem.weight_format]
@@ -167,6 +170,7 @@ def shape_of(server: Server, m: int):
         (lambda: activations(1, K).expand(64, K), False, (64, N)),
         (lambda: activations(64 * K + 1)[1:].view(64, K), False, (64, N)),
         (lambda: activations(0, K), False, (0, N)),
+        (lambda: activations(1, 0, K).expand(2, 0, K), False, (2, 0, N)),
     ],
 )
 def test_what_a_kernel_cannot_read_is_copied_once_by_python(server, launcher_and_library, make, is_native, shape):
@@ -398,7 +402,7 @@ class TestStriped:
 
 
 def test_threads_launch_at_once(server, launcher_and_library):
-    """Each thread's outputs and arguments are its own, while others register steps and clear them."""
+    """Every call gets its output, while others register steps and clear them."""
     library, w = launcher_and_library[1], packed()
     wrong, stop = [], threading.Event()
 
@@ -421,6 +425,66 @@ def test_threads_launch_at_once(server, launcher_and_library):
     stop.set()
     other.join()
     assert not wrong
+
+
+def test_launches_of_threads_are_on_their_own_streams(server, launcher_and_library, monkeypatch):
+    """By the Python launcher, which writes the stream into a config before each launch."""
+    launcher, w = launcher_and_library[0], packed()
+    step = server.step(Problem(N, K, 64))
+    mine = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=mine.stream))
+    outputs, before = {}, GPU.launches
+
+    def work(stream: int) -> None:
+        mine.stream = stream
+        for _ in range(300):  # the fake driver remembers 1024 launches
+            out = torch.empty(64, N).half()
+            outputs[out.data_ptr(), stream] = out
+            launcher.run(step.kernel, step.choice.plan, step.problem, activations(64, K), w.weight, w.scales, out)
+
+    threads = [threading.Thread(target=work, args=(stream,)) for stream in (0x100, 0x200, 0x300)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    launches = [GPU.launch(i) for i in range(before, GPU.launches)]
+    shape = shape_of(server, 64)
+    places = {(words(fake_gpu.split(launch, shape)["c_map"], 2)[0], launch.stream) for launch in launches}
+    assert len(launches) == 900 and places == outputs.keys()
+
+
+def test_threads_on_one_stream_share_locks_that_stay(launcher_and_library):
+    plan = replace(tables.wgmma(64), config=replace(tables.wgmma(64).config, partition="striped"))
+    shape = FAMILIES.of(plan.config).launch_shape(plan, Problem(N, K, 64), 132, 66)
+    assert shape.num_locks
+    for trial in range(200):
+        workspace = Workspace(torch.device("cpu"))
+        barrier = threading.Barrier(4)
+
+        def take(_: int, workspace=workspace, barrier=barrier) -> torch.Tensor:
+            barrier.wait()
+            return workspace.take(shape, 7)[1]
+
+        with ThreadPoolExecutor(4) as pool:
+            taken = list(pool.map(take, range(4)))
+        assert {locks.data_ptr() for locks in taken} == {workspace.shared_locks(7).data_ptr()}, trial
+
+
+def test_ctrl_c_while_a_kernel_is_compiled_stays_ctrl_c(server, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    w = packed()
+    monkeypatch.setattr(Server, "gemm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(activations(7, K), w)
+    with pytest.raises(RuntimeError, match="own error"):  # and is not found again behind another error
+        raise cuda_op.raised(RuntimeError("own error"))
 
 
 def test_the_public_function_takes_the_short_way_only_without_gradients(server, launcher_and_library, monkeypatch):
@@ -470,12 +534,14 @@ def test_a_remembered_map_is_of_this_very_matrix(server, launcher_and_library):
         assert is_native == (library.launches() - before == 2 * 400)
 
 
-def test_a_child_process_says_that_cuda_does_not_survive_a_fork(server):
-    import os
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_child_process_says_that_cuda_does_not_survive_a_fork(server, calls):
+    """Also of a parent that has only launched from Python, as each problem's first call does."""
+
 
     w, a = packed(), activations(2, K)
-    call(a, w)
-    call(a, w)
+    for _ in range(calls):
+        call(a, w)
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:
