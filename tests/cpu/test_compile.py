@@ -19,7 +19,7 @@ from marlin_gen import kernel_cache
 from marlin_gen.compile import CompileFailure, Result, compile_all, identity_of, parse_ptxas, reject_artifact
 from marlin_gen.config import KernelConfig, KernelSpec
 from marlin_gen.measurement import Artifact
-from marlin_gen.render import KernelSource
+from marlin_gen.render import KernelSource, render
 from marlin_gen.toolchain import Toolchain, ToolchainError, find_toolchain
 
 BASE = KernelConfig.from_key("mma-m8n32k64-w1x16-s4-b1-c1-tiles-exact")
@@ -98,6 +98,23 @@ def test_registers_spills_and_shared_memory_are_read(toolchain: Toolchain) -> No
     other = results[shared.spec]
     assert isinstance(other, Artifact)
     assert other.static_smem_bytes == 400 and other.spill_bytes == 0
+
+
+@pytest.mark.usefixtures("tmp_cache")
+def test_either_compiler_takes_every_way_to_decode(toolchain: Toolchain) -> None:
+    """nvcc is the stricter one: device code calls nothing that is not marked for it."""
+    mma, wgmma = "mma-m16n32k128-w1x4-s3-b1-c1-tiles", "wgmma-m32n64k128-w4x1-s6-b1-c1-tiles"
+    keys = [
+        f"{config}-{dequant}-{fmt}-{dtype}-sm_90a"
+        for config in (mma, wgmma)
+        for dequant, fmt, dtype in (
+            ("exact", "u4b8g128", "f16"), ("deferred", "u4b8g128", "bf16"), ("deferred", "u4zg128", "f16"),
+            ("exact", "u4fg128", "bf16"), ("exact", "u4mg32", "f16"), ("exact", "u8b128g128", "f16"),
+        )
+    ]  # fmt: skip
+    results = compile_all([render(KernelSpec.from_key(key)) for key in keys], toolchain)
+    assert [str(found)[:300] for found in results.values() if not isinstance(found, Artifact)] == []
+    assert len(results) == len(keys)
 
 
 @pytest.mark.usefixtures("tmp_cache")

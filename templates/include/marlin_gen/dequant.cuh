@@ -74,7 +74,7 @@ __device__ __forceinline__ u32 subnormal(u32 const* word, int i) {
 }
 
 // Whether what is subtracted from codes is a whole number, so that the difference is exact.
-constexpr bool is_whole(Offset offset) { return offset == Offset::kConstant || offset == Offset::kZeros; }
+__host__ __device__ constexpr bool is_whole(Offset offset) { return offset == Offset::kConstant || offset == Offset::kZeros; }
 
 template <class Number, int kBits, Offset kOffset>
 struct Decoder;

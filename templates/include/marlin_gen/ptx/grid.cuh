@@ -11,7 +11,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until the kernel before this one is complete and what it wrote is visible. Nothing is read or written before.
+// Until the kernel before this one is complete and what it wrote is visible. Weights and scales alone are read before.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
