@@ -269,6 +269,15 @@ def test_errors_are_one_line_and_name_the_value(words, said, capsys):
     assert "Traceback" not in shown.err and shown.out == ""
 
 
+def test_a_misspelt_log_level_does_not_hide_the_error(capsys, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_LOG", "verbose")
+    assert main(["show", "--gpu", "voodoo2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --gpu voodoo2 names 0 tables")
+    monkeypatch.setenv("MARLIN_GEN_LOG", "Debug")
+    with pytest.raises(ValueError, match="voodoo2"):
+        main(["show", "--gpu", "voodoo2"])
+
+
 def test_a_shape_the_recording_lacks_lists_those_it_has(recording, capsys):
     assert main(["tune", "--shapes", "64x128", "--device", f"replay:{recording}"]) == 2
     assert "it has the shapes 4096x4096" in capsys.readouterr().err
