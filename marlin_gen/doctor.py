@@ -63,7 +63,7 @@ def _launcher() -> Finding:
     """Which launcher calls on a GPU would use. Builds and loads nothing."""
     from marlin_gen import native_build
 
-    if env.launcher() == "python":
+    if env.set_variables().get("MARLIN_GEN_LAUNCHER", "").lower() == "python":
         return Finding("launcher", True, "Python, as MARLIN_GEN_LAUNCHER asks")
     if found := native_build.candidates():
         return Finding("launcher", True, f"native, {found[0]}")
@@ -114,7 +114,8 @@ def _compiler(name: str, find: Callable[[], object], needed_for: tuple[str, ...]
         if needed_for:
             found.probe()  # the one that will be used must not only be there but work
     except (ToolchainError, ValueError) as error:
-        return Finding(name, False, str(error), "pip install 'marlin_gen[nvcc]'", needed_for)
+        fix = "correct MARLIN_GEN_COMPILER" if isinstance(error, ValueError) else "pip install 'marlin_gen[nvcc]'"
+        return Finding(name, False, str(error), fix, needed_for)
     return Finding(name, True, f"{found.name} {found.version}, from {found.origin}: {found.path}")
 
 
@@ -200,6 +201,15 @@ def _entries(folder: Path) -> int:
 
 
 def _variables() -> Iterator[Finding]:
-    """Only those that are set: they explain surprises."""
+    """Only those that are set: they explain surprises. One that its reader refuses is a finding."""
+    from marlin_gen.dispatch import forced_plan
+
+    readers = {"COMPILER": env.compiler, "CONFIG": forced_plan, "DEPENDENT": env.dependent_launches,
+               "LAUNCHER": env.launcher, "LINEINFO": env.lineinfo, "LOG": env.log_level}  # fmt: skip
     for name, value in env.set_variables().items():
-        yield Finding(name, True, value)
+        try:
+            readers.get(name.removeprefix("MARLIN_GEN_"), str)()
+            yield Finding(name, True, value)
+        except ValueError as error:
+            needed_for = () if name == "MARLIN_GEN_LOG" else ("serve",)
+            yield Finding(name, False, str(error), f"correct or unset {name}", needed_for)

@@ -26,7 +26,7 @@ class QuantLinear(nn.Module):
     ``from_packed``.
     ``dtype``, of x, scales, bias and y, is float16 or bfloat16.
     Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
-    loading checks; with act-order ``order``, which a state dict brings along.
+    loading checks, as the format in a state dict's metadata; with act-order ``order``, which a state dict brings along.
     """
 
     weight: torch.Tensor
@@ -135,6 +135,11 @@ class QuantLinear(nn.Module):
             f" weight_format={self.weight_format}, dtype={str(self.scales.dtype).removeprefix('torch.')}"
         )
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # no tensor: older state dicts are loaded, and older releases load these
+            destination._metadata[prefix[:-1]]["weight_format"] = self.weight_format
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
@@ -142,6 +147,9 @@ class QuantLinear(nn.Module):
         version = state_dict.get(f"{prefix}layout_version")
         if version is not None and int(version) != LAYOUT_VERSION:
             error_msgs.append(f"{prefix}weight: {_version_error(int(version))}")
+            return
+        if (saved := local_metadata.get("weight_format", self.weight_format)) != self.weight_format:
+            error_msgs.append(f"{prefix}weight is {saved}, not {self.weight_format}: make the layer with {saved!r}")
             return
         if f"{prefix}order" in state_dict and self.order is None:
             self.order = torch.arange(self.in_features, device=self.weight.device)

@@ -46,14 +46,18 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
     For a weight in act-order the features of ``a`` are gathered first, on CUDA by a kernel of ours (gather.py).
     """
-    scales = packed.scales
+    try:
+        scales, is_cuda = packed.scales, a.is_cuda
+    except AttributeError:
+        kinds = f"a is a {type(a).__name__} and packed a {type(packed).__name__}"
+        raise TypeError(f"{kinds}; marlin_gen.gemm takes a Tensor and a PackedWeight of marlin_gen.pack") from None
     if packed.order is not None:
         a = in_order(a, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
     if (
         not torch.compiler.is_compiling()
         and _direct is not None
-        and a.is_cuda
+        and is_cuda
         and packed.layout_version == LAYOUT_VERSION
         and (code := FORMAT_CODES.get(packed.weight_format)) is not None
         and not (

@@ -124,7 +124,7 @@ def _kind(row: BenchRow) -> Kind:
 
 
 def _print_kind(rows: Sequence[BenchRow], tflops: float, title: str) -> None:
-    columns = ("n x k", ">m", ">us", ">95 %", ">chained", ">cuBLAS", ">floor", ">vs cuBLAS", ">roofline", ">error")
+    columns = ("n x k", ">m", ">us", ">95 %", ">chained", ">cuBLAS", ">floor", ">ratio", ">roofline", ">error")
     out.print(table(title, columns, (
         (
             f"{r.n}x{r.k}", str(r.m), us(r.us), f"{us(r.us_low)}-{us(r.us_high)}", us(r.chained_us), us(r.cublas_us),

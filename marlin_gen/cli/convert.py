@@ -34,7 +34,10 @@ def convert(
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in types:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(types)}")
-
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        raise ValueError(f"--device {device} is neither cpu nor a GPU that torch finds here, as cuda:0") from error
     try:
         with counted_progress("convert") as show:
             report = convert_checkpoint(

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except USER_ERRORS as error:
-        if env.log_level() == "debug":
+        if env.set_variables().get("MARLIN_GEN_LOG", "").lower() == "debug":  # log_level() refuses what is misspelt
             raise
         _say("bold red", "error", str(error) or type(error).__name__)
         return 2

@@ -15,7 +15,7 @@ from marlin_gen.cli.console import fraction, table, times, us
 from marlin_gen.cost_model import attainable_tflops
 from marlin_gen.table_row import TableRow
 
-COLUMNS = ("n x k", ">m", ">tuned us", ">default", ">cuBLAS", ">floor", ">vs default", ">vs cuBLAS", ">roofline")
+COLUMNS = ("n x k", ">m", ">us", ">default", ">cuBLAS", ">floor", ">gain", ">vs cuBLAS", ">roofline")
 
 
 def roofline(row: TableRow, gpu: Gpu) -> float | None:

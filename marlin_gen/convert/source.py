@@ -94,22 +94,32 @@ def _configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: copy the whole checkpoint")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        quantization = config.pop("quantization_config", None)
-        beside = folder / "quantize_config.json"
-        if quantization is None and beside.exists():  # AutoGPTQ before transformers had a place for it
-            quantization = {"quant_method": "gptq", **json.loads(beside.read_text())}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a config in {folder} is not JSON ({error}); copy it anew") from error
+    config = _json_object(path)
+    quantization = config.pop("quantization_config", None)
+    beside = folder / "quantize_config.json"
+    if quantization is None and beside.exists():  # AutoGPTQ before transformers had a place for it
+        quantization = {"quant_method": "gptq", **_json_object(beside)}
     if quantization is None:
         raise ValueError(
             f"{path} has no quantization_config: the checkpoint is not quantised. Load it with transformers and"
             " quantization_config=MarlinGenConfig(), or call marlin_gen.quantize_model"
         )
-    if quantization.get("quant_method") == "marlin_gen":
+    if _checked(quantization, f"quantization_config in {path}").get("quant_method") == "marlin_gen":
         raise ValueError(f"{folder} is in the packed layout already")
     return config, quantization
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        return _checked(json.loads(path.read_text()), str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it anew") from error
+
+
+def _checked(found: Any, what: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be a JSON object, not {json.dumps(found):.40}; copy the file anew")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -120,7 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not files:
             raise ValueError(f"{folder} has no safetensors files; save the model again with safe_serialization=True")
         return files
-    where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    where: dict[str, str] = _checked(_json_object(index).get("weight_map"), f"weight_map in {index}")
     files = [folder / name for name in dict.fromkeys(where.values())]
     for file in files:
         if not file.exists():

@@ -29,6 +29,8 @@ def from_gguf(
     One warning lists linear layers that no kernel format holds, which are in f16. Raises ValueError for a file that is
     damaged, or of another architecture than llama.
     """
+    if weights not in ("quantised", "f16", "exact"):
+        raise ValueError(f"weights is {weights!r}; known: 'quantised', 'f16', 'exact'")
     settings, tensors = open_model(path)
     dtype = torch.float32 if weights == "exact" else torch.float16
     kind = settings.pop("model_type")

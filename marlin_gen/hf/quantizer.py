@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from marlin_gen.checkpoints.names import quantised_layers
 from marlin_gen.hf.config import METHOD, MarlinGenConfig
+from marlin_gen.hf.projections import FusedProjection
 from marlin_gen.hf.staged import Staged, header_entries
 from marlin_gen.layout import SCALE_DTYPES
 from marlin_gen.nn import QuantLinear
@@ -116,6 +117,12 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
                     stacklevel=2,
                 )
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *_: Any, **__: Any) -> tuple[None, dict[str, str]]:
+        """What ``save_pretrained`` asks for before it writes; only here is the model at hand."""
+        if any(isinstance(module, FusedProjection) for module in model.modules()):
+            raise ValueError("a fused model has other names than its config: call save_pretrained before hf.fuse")
+        return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """``save_pretrained`` writes what ``from_pretrained`` reads: a folder in the packed layout."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from marlin_gen.arch import Gpu
-from marlin_gen.bench import COLUMNS
-from marlin_gen.cli import arguments, gpus
+from marlin_gen.bench import COLUMNS, BenchRow
+from marlin_gen.cli import arguments, bench, console, gpus
 from marlin_gen.cli.root import main
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.cost_model import predict_us
@@ -192,6 +193,30 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
 
 
+def squeezed(text):
+    """Its lines, each run of blanks as one."""
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_tables_are_whole_on_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr(console.out, "width", 80)
+    assert main(["show", "--gpu", "h100", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert main(["show", "--gpu", "h100"]) == 0
+    lines = squeezed(capsys.readouterr().out)
+    shapes = {(row["n"], row["k"], row["weight_format"], row["act_dtype"]) for row in rows}
+    heads = "n x k m us default cuBLAS floor gain vs cuBLAS roofline"
+    assert lines.count(heads) == len({shape[2:] for shape in shapes})
+    found = [line.split()[0] for line in lines if re.match(r"\d+x\d+ ", line)]
+    assert sorted(found) == sorted(f"{n}x{k}" for n, k, *_ in shapes)
+
+    cell = (28672, 16384, 4096, "u4b8g128", "f16", 123.4, 122.9, 124.1, KEY, 123.0, 456.7, 2.8e-4, 234.5)
+    bench._print_kind([BenchRow(*cell)], 700.0, "title")
+    lines = squeezed(capsys.readouterr().out)
+    assert "n x k m us 95 % chained cuBLAS floor ratio roofline error" in lines
+    assert any(line.startswith("28672x16384 4096 123.4 122.9-124.1 234.5 456.7 123.0 3.70x") for line in lines)
+
+
 def test_render_prints_exactly_the_source(capsys):
     from marlin_gen.render import render
 
@@ -242,6 +267,15 @@ def test_errors_are_one_line_and_name_the_value(words, said, capsys):
     last = shown.err.rstrip("\n").splitlines()[-1]
     assert last.startswith("error: ") and said in last
     assert "Traceback" not in shown.err and shown.out == ""
+
+
+def test_a_misspelt_log_level_does_not_hide_the_error(capsys, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_LOG", "verbose")
+    assert main(["show", "--gpu", "voodoo2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --gpu voodoo2 names 0 tables")
+    monkeypatch.setenv("MARLIN_GEN_LOG", "Debug")
+    with pytest.raises(ValueError, match="voodoo2"):
+        main(["show", "--gpu", "voodoo2"])
 
 
 def test_a_shape_the_recording_lacks_lists_those_it_has(recording, capsys):

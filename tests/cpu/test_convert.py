@@ -262,6 +262,36 @@ def test_what_cannot_be_converted_is_said(tmp_path):
             convert(tmp_path / "in", tmp_path / "again")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_an_option_error(tmp_path, device, capsys):
+    write_checkpoint(tmp_path / "in", "gptq")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--device", device]) == 2
+    said = f"error: --device {device} is neither cpu nor a GPU that torch finds here, as cuda:0\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("model.safetensors.index.json", "{}", "weight_map in {} must be a JSON object, not null; copy"),
+        ("model.safetensors.index.json", "[]", "{} must be a JSON object, not []; copy"),
+        ("model.safetensors.index.json", "{", "{} is not JSON (Expecting"),
+        ("config.json", "[1]", "{} must be a JSON object, not [1]; copy"),
+        ("config.json", "\x80", "{} is not JSON ("),
+        ("config.json", '{"quantization_config": [4]}', "quantization_config in {} must be a JSON object, not [4];"),
+        ("quantize_config.json", "4", "{} must be a JSON object, not 4; copy"),
+    ],
+)
+def test_a_json_file_of_another_kind_is_named(tmp_path, name, text, says, capsys):
+    write_checkpoint(tmp_path / "in", "gptq", 3)
+    if name == "quantize_config.json":
+        (tmp_path / "in/config.json").write_text("{}")
+    (tmp_path / "in" / name).write_bytes(text.encode("latin-1"))
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: " + says.format(tmp_path / "in" / name)) and "Traceback" not in shown
+
+
 def test_autogptq_s_own_config_file(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     config = json.loads((tmp_path / "in/config.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 import marlin_gen
 from marlin_gen import doctor, shipped_ptx
 from marlin_gen.arch import Gpu
+from marlin_gen.cli.root import main
 from marlin_gen.doctor import Finding, broken, examine
 from marlin_gen.table import DispatchTable
 
@@ -82,6 +83,27 @@ def test_the_launcher_is_named(tmp_path, monkeypatch):
 def test_set_variables_are_listed(monkeypatch):
     monkeypatch.setenv("MARLIN_GEN_LINEINFO", "1")
     assert by_name(examine()[1])["MARLIN_GEN_LINEINFO"].found == "1"
+
+
+@pytest.mark.parametrize("name", ["COMPILER", "CONFIG", "DEPENDENT", "LAUNCHER", "LINEINFO", "LOG"])
+def test_a_misspelt_variable_is_a_finding_like_all_others(name, monkeypatch, capsys):
+    monkeypatch.setenv(f"MARLIN_GEN_{name}", "gcc")
+    _, findings = examine("serve")
+    found = by_name(findings)[f"MARLIN_GEN_{name}"]
+    assert not found.ok and "'gcc'" in found.found and found.fix == f"correct or unset MARLIN_GEN_{name}"
+    assert (found in broken("serve", findings)) is (name != "LOG")
+    assert {"launcher", "compiler in use", "PTX", "cache folder"} <= by_name(findings).keys()
+    if name == "COMPILER":
+        assert by_name(findings)["compiler in use"].fix == "correct MARLIN_GEN_COMPILER"
+    main(["doctor", "--for", "serve"])
+    assert found.fix in capsys.readouterr().out
+
+
+def test_every_variable_that_is_not_free_text_has_its_reader(monkeypatch):
+    choices = [name for name, variable in doctor.env.VARIABLES.items() if variable.kind not in ("file", "folder")]
+    for name in choices:
+        monkeypatch.setenv(name, "gcc")
+    assert [f.name for f in doctor._variables() if not f.ok] == choices
 
 
 def test_shipped_ptx_is_counted_and_damage_named(tmp_path, monkeypatch):

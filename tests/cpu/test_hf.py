@@ -98,6 +98,15 @@ def test_saved_and_loaded_again(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_fused_model_is_not_saved(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq")
+    model = hf.from_pretrained(tmp_path / "in")
+    assert hf.fuse(model.model)
+    with pytest.raises(ValueError, match=r"a fused model has other names .*: call save_pretrained before hf\.fuse"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").iterdir())
+
+
 def test_the_base_model_of_a_checkpoint(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     whole = hf.from_pretrained(tmp_path / "in")

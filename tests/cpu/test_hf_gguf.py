@@ -236,6 +236,11 @@ def test_a_head_that_no_format_holds_runs_dequantised_with_a_warning(tmp_path):
     assert type(model.lm_head) is nn.Linear and difference(logits(model), logits(dense)) < 3e-3
 
 
+def test_unknown_weights_are_refused(smol):
+    with pytest.raises(ValueError, match="weights is 'f32'; known: 'quantised', 'f16', 'exact'"):
+        hf.from_gguf(smol[0], weights="f32")
+
+
 def test_unknown_tensors_and_architectures_are_refused(tmp_path):
     for name in ("rope_freqs.weight", "blk.0.ffn_gate_inp.weight"):
         with pytest.raises(ValueError, match=f"tensor '{name}' is not one of a plain llama model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -82,6 +83,22 @@ def test_a_checkpoint_of_another_layout_is_refused_and_nothing_is_loaded():
     with pytest.raises(RuntimeError, match=r"0.weight: layout_version=7 is not 2; pack the original weight again"):
         layer.load_state_dict(state)
     assert not layer[0].weight.any()
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_nothing_is_loaded(tmp_path):
+    """u4z, u4f and u4m have the same shapes."""
+    state = nn.Sequential(QuantLinear.from_float(linear(), "u4zg128")).state_dict()
+    torch.save(state, tmp_path / "layer.pt")
+    for found in (state, torch.load(tmp_path / "layer.pt", weights_only=True)):
+        layer = nn.Sequential(QuantLinear(256, 128, weight_format="u4mg128"))
+        with pytest.raises(RuntimeError, match=r"0.weight is u4zg128, not u4mg128: make the layer with 'u4zg128'"):
+            layer.load_state_dict(found)
+        assert not layer[0].weight.any()
+    same = nn.Sequential(QuantLinear(256, 128, weight_format="u4zg128"))
+    for older in (dict(state), collections.OrderedDict(state)):  # without metadata, as of safetensors
+        same.load_state_dict(older)
+        assert torch.equal(same[0].weight, state["0.weight"])
+    assert same.state_dict(destination={}).keys() == state.keys()
 
 
 def test_a_checkpoint_without_a_version_is_refused():

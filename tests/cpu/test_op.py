@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,16 @@ BAD = {
         r"must be contiguous.*\.contiguous\(\)",
     ),
 }
+
+
+@pytest.mark.parametrize("order", [None, torch.arange(256)])
+def test_what_is_no_tensor_or_packed_weight_is_a_sentence(order):
+    a, packed = activations(2, 256), replace(PACKED, order=order)
+    takes = "marlin_gen.gemm takes a Tensor and a PackedWeight of marlin_gen.pack"
+    with pytest.raises(TypeError, match=f"a is a ndarray and packed a PackedWeight; {takes}"):
+        marlin_gen.gemm(a.numpy(), packed)
+    with pytest.raises(TypeError, match=f"a is a Tensor and packed a tuple; {takes}"):
+        marlin_gen.gemm(a, (PACKED.weight, PACKED.scales))
 
 
 @pytest.mark.parametrize("case", BAD)
