@@ -37,7 +37,7 @@ def tune(
     dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
     device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
     trials: Annotated[int | None, typer.Option(help=TRIALS_HELP)] = None,
-    budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h; all formats share it.")] = "9m",
+    budget: Annotated[str, typer.Option(help="Time for all formats, as 9m, 90s, 1h; defaults run anyway.")] = "9m",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
@@ -112,7 +112,7 @@ def _print(result: SearchResult, table: DispatchTable | None, title: str) -> Non
         out.print(speedups.speedup_table(rows, result.gpu, title))
         out.print(speedups.summary_table(rows, result.gpu))
     for problem in result.unsolved:
-        out.print(f"[red]no kernel worked for {problem.n}x{problem.k} m={problem.m}[/]")
+        out.print(f"[red]no working kernel was found for {problem.n}x{problem.k} m={problem.m}[/]")
     failed = ", ".join(f"{status} {count}" for status, count in sorted(result.failures.items()))
     note(
         f"{result.candidates} kernels tried, {result.pairs} timings in {result.seconds:.0f} s"
