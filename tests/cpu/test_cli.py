@@ -231,6 +231,7 @@ def test_doctor_says_what_a_replay_needs(capsys):
         (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
         (["render", "mma-what"], "'mma-what'"),
         (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),
+        (["bench", "--model", "tiny", "--device", "replay:h100"], "on a GPU, which --device replay:h100 is not"),
         (["compile", KEY, "--compiler", "icc"], "'icc'"),
         (["show", "--gpu", "voodoo2"], "voodoo2"),
         (["doctor", "--for", "fun"], "serve, tune, replay"),
@@ -256,6 +257,13 @@ def test_unknown_options_are_usage_errors(capsys):
 
 def test_measuring_without_a_gpu_says_what_is_needed(capsys, monkeypatch):
     monkeypatch.setattr(gpus, "this_gpu", lambda device="cuda:0": None)
-    for words in (["bench", "--model", "tiny"], ["tune", "--model", "tiny", "--device", "cuda:0"]):
-        assert main(words) == 2
+    for command, *device in (["bench"], ["bench", "--device", "auto"], ["tune", "--device", "cuda:0"]):
+        assert main([command, "--model", "tiny", *device]) == 2
         assert "needs an NVIDIA GPU of compute capability 8.0 or newer" in capsys.readouterr().err
+
+
+def test_auto_is_the_first_gpu_there_is(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("marlin_gen.driver.identify", lambda index: (H100, index))
+    assert gpus.require_gpu("auto", "bench times kernels") == (H100, 0)
