@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,12 @@ def tune(
         title = f"{measurer.gpu.name}{', replayed' if replay else ''}"
         note(f"{title}: {work}")
         versions = study.versions_of(measurer)
-        target = (to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+        target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+        try:  # now, not after the search
+            target.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=target).close()
+        except OSError as error:
+            raise ValueError(f"--out {to} cannot be written ({error.strerror}); name another folder") from None
         for number, kind in enumerate(work.kinds):
             problems = work.of(kind)
             options = TuneOptions(
@@ -78,12 +84,13 @@ def tune(
             results.append(result)
             if result.interrupted:
                 break
+            if not json:
+                _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
             if result.cells:  # at once, so that a later kind cannot lose it
                 table = _publish(result, measurer, target)
+                note(f"table: {table.folder}")
                 if record:
                     pack(kept.log, target / recording_name(*kind))
-            if not json:
-                _print(result, table, f"{title}, {kind}" if len(work.kinds) > 1 else title)
     if json:
         _print_json(results, table)
     if results[-1].interrupted:
@@ -106,7 +113,7 @@ def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> Dispatch
     return publish(folder, table, artifacts)
 
 
-def _print(result: SearchResult, table: DispatchTable | None, title: str) -> None:
+def _print(result: SearchResult, title: str) -> None:
     rows = rows_of(result)
     if rows:
         out.print(speedups.speedup_table(rows, result.gpu, title))
@@ -118,8 +125,6 @@ def _print(result: SearchResult, table: DispatchTable | None, title: str) -> Non
         f"{result.candidates} kernels tried, {result.pairs} timings in {result.seconds:.0f} s"
         f"{f', failed: {failed}' if failed else ''}; the search ended: {result.stopped}"
     )
-    if table:
-        note(f"table: {table.folder}")
 
 
 def _print_json(results: Sequence[SearchResult], table: DispatchTable | None) -> None:

@@ -245,6 +245,25 @@ def test_errors_are_one_line_and_name_the_value(words, said, capsys):
     assert "Traceback" not in shown.err and shown.out == ""
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_search(recording, home, capsys):
+    (home / "file").touch()
+    assert tune(recording, "--out", str(home / "file")) == 2
+    said = f"error: --out {home / 'file'} cannot be written (Not a directory); name another folder\n"
+    assert capsys.readouterr().err.endswith(said) and not (home / "data/marlin_gen/studies").exists()
+    assert tune(recording, "--study", str(home / "file")) == 2
+    assert f"error: {home / 'file'} cannot be used (File exists); name another path\n" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_after_all_is_printed(recording, home, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(home / "table.json"))
+
+    monkeypatch.setattr("marlin_gen.cli.tune._publish", full)
+    assert tune(recording, "--trials", "1") == 2
+    shown = capsys.readouterr()
+    assert "4096x4096" in shown.out and f"{home / 'table.json'} cannot be used (No space" in shown.err
+
+
 def test_a_shape_the_recording_lacks_lists_those_it_has(recording, capsys):
     assert main(["tune", "--shapes", "64x128", "--device", f"replay:{recording}"]) == 2
     assert "it has the shapes 4096x4096" in capsys.readouterr().err
