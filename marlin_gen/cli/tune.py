@@ -39,12 +39,12 @@ def tune(
     device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
     trials: Annotated[int | None, typer.Option(help=TRIALS_HELP)] = None,
     budget: Annotated[str, typer.Option(help="Time for all formats, as 9m, 90s, 1h; defaults run anyway.")] = "9m",
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the search.")] = 0,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
     record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Compilers at once; default: the usable cores.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once; default: the usable cores.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Search the fastest kernels for a model's layers and write a dispatch table."""

@@ -274,6 +274,15 @@ def test_unknown_options_are_usage_errors(capsys):
     assert "--bogus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [
+    ("compile", KEY, "--jobs", "-1"), ("tune", "--model", "tiny", "--jobs", "0"),
+    ("tune", "--model", "tiny", "--seed", "-1"), ("tune", "--model", "tiny", "--seed", str(2**32)),
+])  # fmt: skip
+def test_numbers_out_of_range_name_their_option(words, capsys):
+    assert main([*words]) == 2
+    assert f"Invalid value for '{words[-2]}'" in capsys.readouterr().err
+
+
 def test_measuring_without_a_gpu_says_what_is_needed(capsys, monkeypatch):
     monkeypatch.setattr(gpus, "this_gpu", lambda device="cuda:0": None)
     for command, *device in (["bench"], ["bench", "--device", "auto"], ["tune", "--device", "cuda:0"]):
