@@ -44,7 +44,7 @@ from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.families.defaults import default_plan, ptx_plan
-from marlin_gen.formats import LAYOUT_VERSION, weight_format
+from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable
@@ -175,8 +175,9 @@ def known_winners(
     not ``own``) and of related ones; for numbers that they lack, of the default kind."""
     dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
     found: dict[Problem, list[Plan]] = {}
+    size = weight_format(DEFAULT_FORMAT).group_size  # smaller groups divide a k that these do not
     for problem in problems:
-        usual = Problem(problem.n, problem.k, problem.m)
+        usual = problem if problem.k % size else Problem(problem.n, problem.k, problem.m)
         for asked in dict.fromkeys((problem, usual)):
             if plans := [c.plan for c in islice(dispatcher.choose(asked), 2) if c.origin != "default"]:
                 found[problem] = plans

@@ -114,7 +114,8 @@ def _unpack(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
     except _DAMAGE as error:
-        raise ValueError(f"{path} is not an intact archive ({error}); copy it again") from None
+        fix = f"name its folder, {path.parent}" if path.name == FILE_NAME else "copy it again"
+        raise ValueError(f"{path} is not an intact archive ({error}); {fix}") from None
 
 
 def _checked(entries: Sequence[zipfile.ZipInfo], path: Path) -> Sequence[zipfile.ZipInfo]:

@@ -30,7 +30,7 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Values of m.")] = arguments.DEFAULT_TOKENS,
     formats: Annotated[str, typer.Option("--format", help=arguments.FORMAT_HELP)] = DEFAULT_FORMAT,
     dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
-    device: Annotated[str, typer.Option(help="cuda:0, cuda:1, ...")] = "cuda:0",
+    device: Annotated[str, typer.Option(help="auto, which is cuda:0, or cuda:1, ...")] = "cuda:0",
     csv: Annotated[
         Path | None, typer.Option(help="Where to write; default: bench.csv, bench-<format>-<dtype>.csv by the table.")
     ] = None,

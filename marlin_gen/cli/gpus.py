@@ -32,7 +32,9 @@ def this_gpu(device: str = "cuda:0") -> Gpu | None:
 
 
 def require_gpu(device: str, why: str) -> Gpu:
-    """``this_gpu``, or a ValueError that says what is needed."""
+    """``this_gpu``, or a ValueError that says what is needed: a recording will not do."""
+    if device.partition(":")[0] == "replay":
+        raise ValueError(f"{why} on a GPU, which --device {device} is not; name one: --device cuda:0")
     gpu = this_gpu(device)
     if gpu is None:
         raise ValueError(
@@ -59,15 +61,14 @@ def _open(device: str) -> Measurer:
     if device == "auto" and this_gpu() is None:
         note(f"no NVIDIA GPU here: replaying the recorded measurements of the {FALLBACK.upper()} instead")
         return ReplayMeasurer(find_recording(FALLBACK))
-    chosen = "cuda:0" if device == "auto" else device
-    require_gpu(chosen, f"--device {chosen} measures kernels")
+    require_gpu(device, f"--device {device} measures kernels")
     from marlin_gen.measure import GpuMeasurer
 
-    return GpuMeasurer(_index(chosen))
+    return GpuMeasurer(_index(device))
 
 
 def _index(device: str) -> int:
-    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    found = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
     if not found:
         raise ValueError(f"--device {device!r} is not auto, cuda:<number> or replay:<gpu>; example: replay:h100")
     return int(found[1] or 0)

@@ -35,7 +35,7 @@ def compile_(
     keys: Annotated[list[str], typer.Argument(help=KEY_HELP)],
     arch: Arch = "sm_90a",
     compiler: Annotated[str | None, typer.Option(help="nvcc, nvrtc or auto; default: MARLIN_GEN_COMPILER.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Compilers at once; default: the usable cores.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once; default: the usable cores.")] = None,
     json: AsJson = False,
 ) -> None:
     """Compile kernels into the cache; report registers, spills and shared memory."""

@@ -32,5 +32,6 @@ def report(
     note(f"{', '.join(found.table.gpu.slug for found in gpus)}: written to {out}")
     if png:
         for found in gpus:
-            drawn = [p.name for p in pictures.PICTURES if p.png(found, png / found.table.gpu.slug / f"{p.name}.png")]
-            note(f"{', '.join(drawn) or 'nothing to draw'}: written to {png / found.table.gpu.slug}")
+            at = png / found.table.gpu.slug
+            drawn = [p.name for p in pictures.PICTURES if p.png(found, at / f"{p.name}.png")]
+            note(f"{', '.join(drawn)}: written to {at}" if drawn else f"{at.name}: nothing to draw")

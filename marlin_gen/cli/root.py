@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import typer
@@ -50,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         if env.set_variables().get("MARLIN_GEN_LOG", "").lower() == "debug":  # log_level() refuses what is misspelt
             raise
-        _say("bold red", "error", str(error) or type(error).__name__)
+        said = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename and error.strerror == os.strerror(error.errno or 0):
+            said = f"{error.filename2 or error.filename} cannot be used ({error.strerror}); name another path"
+        _say("bold red", "error", said)
         return 2
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -38,13 +39,13 @@ def tune(
     dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
     device: Annotated[str, typer.Option(help="auto, cuda:0, or replay:h100 (no GPU needed).")] = "auto",
     trials: Annotated[int | None, typer.Option(help=TRIALS_HELP)] = None,
-    budget: Annotated[str, typer.Option(help="Time to take at most, as 9m, 90s, 1h; all formats share it.")] = "9m",
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    budget: Annotated[str, typer.Option(help="Time for all formats, as 9m, 90s, 1h; defaults run anyway.")] = "9m",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the search.")] = 0,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
     record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Compilers at once; default: the usable cores.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once; default: the usable cores.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Search the fastest kernels for a model's layers and write a dispatch table."""
@@ -57,7 +58,12 @@ def tune(
         title = f"{measurer.gpu.name}{', replayed' if replay else ''}"
         note(f"{title}: {work}")
         versions = study.versions_of(measurer)
-        target = (to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+        target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
+        try:  # now, not after the search
+            target.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=target).close()
+        except OSError as error:
+            raise ValueError(f"--out {to} cannot be written ({error.strerror}); name another folder") from None
         for number, kind in enumerate(work.kinds):
             problems = work.of(kind)
             options = TuneOptions(
@@ -79,12 +85,13 @@ def tune(
             results.append(result)
             if result.interrupted:
                 break
+            if not json:
+                _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
             if result.cells:  # at once, so that a later kind cannot lose it
                 table = _publish(result, measurer, target)
+                note(f"table: {table.folder}")
                 if record:
                     pack(kept.log, target / recording_name(*kind))
-            if not json:
-                _print(result, table, f"{title}, {kind}" if len(work.kinds) > 1 else title)
     if json:
         _print_json(results, table)
     if results[-1].interrupted:
@@ -107,20 +114,18 @@ def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> Dispatch
     return publish(folder, table, artifacts)
 
 
-def _print(result: SearchResult, table: DispatchTable | None, title: str) -> None:
+def _print(result: SearchResult, title: str) -> None:
     rows = rows_of(result)
     if rows:
         out.print(speedups.speedup_table(rows, result.gpu, title))
         out.print(speedups.summary_table(rows, result.gpu))
     for problem in result.unsolved:
-        out.print(f"[red]no kernel worked for {problem.n}x{problem.k} m={problem.m}[/]")
+        out.print(f"[red]no working kernel was found for {problem.n}x{problem.k} m={problem.m}[/]")
     failed = ", ".join(f"{status} {count}" for status, count in sorted(result.failures.items()))
     note(
         f"{result.candidates} kernels tried, {result.pairs} timings in {result.seconds:.0f} s"
         f"{f', failed: {failed}' if failed else ''}; the search ended: {result.stopped}"
     )
-    if table:
-        note(f"table: {table.folder}")
 
 
 def _print_json(results: Sequence[SearchResult], table: DispatchTable | None) -> None:

@@ -69,8 +69,8 @@ class GpuData:
 
 
 def load(tuned: Path) -> list[GpuData]:
-    """Every GPU with a table below ``tuned``, in order of the folders' names; a ValueError when there is none."""
-    found = [data for folder in sorted(tuned.glob("*/")) if (data := load_gpu(folder))]
+    """Every GPU with a table in or below ``tuned``, in order of the folders' names; a ValueError when there is none."""
+    found = [data for folder in (tuned, *sorted(tuned.glob("*/"))) if (data := load_gpu(folder))]
     if not found:
         raise ValueError(f"{tuned} has no <gpu>/{TABLE_FILE} to report on; marlin-gen tune --out {tuned} makes one")
     return found

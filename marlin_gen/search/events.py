@@ -15,7 +15,7 @@ from marlin_gen.problem import Problem
 class TuneOptions:
     """How long and how widely to search."""
 
-    trials: int = 500  # candidates compiled and timed, at most
+    trials: int = 500  # candidates compiled and timed, at most; the defaults always are, whatever the limits
     budget_s: float | None = None  # wall-clock seconds for everything, the finals included; None: no limit
     seed: int = 0
     batch_size: int = 24  # candidates compiled while as many are timed

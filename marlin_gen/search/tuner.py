@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,10 @@ class Tuner:
         elsewhere: Mapping[Problem, Sequence[Plan]], options: TuneOptions,
         on_progress: Callable[[Progress], None] | None, started: float,
     ) -> None:  # fmt: skip
-        self.problems, self.candidates, self.options = problems, candidates, options
+        # What runs without a table is tried whatever the limits: no row may be slower than it would be without tuning.
+        self._owed = {candidates.configs[i] for i in candidates.within(seeds["default"])}
+        self.options = replace(options, trials=max(options.trials, len(self._owed)))
+        self.problems, self.candidates = problems, candidates
         self.measurer, self.log, self.journal, self.ahead = measurer, log, journal, ahead
         self.baselines: dict[Problem, Baseline] = {}
         self.trials = Trials(candidates, problems)
@@ -55,8 +59,7 @@ class Tuner:
         self._earlier: dict[KernelConfig, list[Measurement]] = {}
         for row in log.recording.measurements:
             self._earlier.setdefault(row.plan.config, []).append(row)
-        self._on_progress = on_progress
-        self._started = started
+        self._on_progress, self._started = on_progress, started
         self._searching_since = time.monotonic()
         # What runs without a table, or won in another, is timed there, whatever the model thinks.
         expected = {p: (*elsewhere.get(p, ()), default_plan(p, measurer.gpu)) for p in problems}
@@ -75,8 +78,7 @@ class Tuner:
         if self.journal:
             self.journal.reap([p.config for batch in recorded for p in batch])
         queue: deque[Sequence[Proposal]] = deque()
-        promised = 0  # candidates in all batches so far
-        stopped, idle = "trials", 0
+        stopped, idle, promised = "trials", 0, 0  # promised: candidates in all batches so far
         while True:
             # Two batches under way: one compiles while the other is timed. Those of an earlier session come first, in
             # the same order of choosing and timing, so that the proposer goes through the same states.
@@ -96,14 +98,12 @@ class Tuner:
             if not queue:
                 return stopped
             for proposal in queue.popleft():
-                # A budget that the baselines used up still gives a table: defaults go on until each problem has a time.
-                solved = proposal.source != "default" or bool(np.isfinite(self.trials.best_us).all())
-                if self._out_of_time() and solved:
+                if self._out_of_time() and not self._owed:
                     return "budget"
                 self._try(proposal.config)
             idle = 0 if proposer.close_batch() else idle + 1
             self.model.fit(self.trials.us)
-            if idle >= self.options.patience:
+            if idle >= self.options.patience and not self._owed:
                 return "no progress"
 
     def _start(self, configs: Sequence[KernelConfig]) -> None:
@@ -122,6 +122,7 @@ class Tuner:
 
     def _try(self, config: KernelConfig) -> None:
         """Compile and time one candidate wherever it may matter, and tell everyone."""
+        self._owed.discard(config)
         was_done = self.log.recording.done.get(config)
         rows = self._recorded(config) if was_done else self._timed(config)
         measured = list(rows)

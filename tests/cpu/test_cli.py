@@ -256,6 +256,7 @@ def test_doctor_says_what_a_replay_needs(capsys):
         (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
         (["render", "mma-what"], "'mma-what'"),
         (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),
+        (["bench", "--model", "tiny", "--device", "replay:h100"], "on a GPU, which --device replay:h100 is not"),
         (["compile", KEY, "--compiler", "icc"], "'icc'"),
         (["show", "--gpu", "voodoo2"], "voodoo2"),
         (["doctor", "--for", "fun"], "serve, tune, replay"),
@@ -278,6 +279,25 @@ def test_a_misspelt_log_level_does_not_hide_the_error(capsys, monkeypatch):
         main(["show", "--gpu", "voodoo2"])
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_search(recording, home, capsys):
+    (home / "file").touch()
+    assert tune(recording, "--out", str(home / "file")) == 2
+    said = f"error: --out {home / 'file'} cannot be written (Not a directory); name another folder\n"
+    assert capsys.readouterr().err.endswith(said) and not (home / "data/marlin_gen/studies").exists()
+    assert tune(recording, "--study", str(home / "file")) == 2
+    assert f"error: {home / 'file'} cannot be used (File exists); name another path\n" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_after_all_is_printed(recording, home, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(home / "table.json"))
+
+    monkeypatch.setattr("marlin_gen.cli.tune._publish", full)
+    assert tune(recording, "--trials", "1") == 2
+    shown = capsys.readouterr()
+    assert "4096x4096" in shown.out and f"{home / 'table.json'} cannot be used (No space" in shown.err
+
+
 def test_a_shape_the_recording_lacks_lists_those_it_has(recording, capsys):
     assert main(["tune", "--shapes", "64x128", "--device", f"replay:{recording}"]) == 2
     assert "it has the shapes 4096x4096" in capsys.readouterr().err
@@ -288,8 +308,24 @@ def test_unknown_options_are_usage_errors(capsys):
     assert "--bogus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [
+    ("compile", KEY, "--jobs", "-1"), ("tune", "--model", "tiny", "--jobs", "0"),
+    ("tune", "--model", "tiny", "--seed", "-1"), ("tune", "--model", "tiny", "--seed", str(2**32)),
+])  # fmt: skip
+def test_numbers_out_of_range_name_their_option(words, capsys):
+    assert main([*words]) == 2
+    assert f"Invalid value for '{words[-2]}'" in capsys.readouterr().err
+
+
 def test_measuring_without_a_gpu_says_what_is_needed(capsys, monkeypatch):
     monkeypatch.setattr(gpus, "this_gpu", lambda device="cuda:0": None)
-    for words in (["bench", "--model", "tiny"], ["tune", "--model", "tiny", "--device", "cuda:0"]):
-        assert main(words) == 2
+    for command, *device in (["bench"], ["bench", "--device", "auto"], ["tune", "--device", "cuda:0"]):
+        assert main([command, "--model", "tiny", *device]) == 2
         assert "needs an NVIDIA GPU of compute capability 8.0 or newer" in capsys.readouterr().err
+
+
+def test_auto_is_the_first_gpu_there_is(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("marlin_gen.driver.identify", lambda index: (H100, index))
+    assert gpus.require_gpu("auto", "bench times kernels") == (H100, 0)

@@ -264,5 +264,8 @@ def test_errors_are_one_line_and_name_the_value(words, message, capsys):
 
 def test_a_file_that_is_no_archive_is_refused(home, capsys):
     (home / "x.zip").write_bytes(b"PK\x03\x04 or so")
-    assert main(["import", str(home / "x.zip")]) == 2
-    assert "is not an intact archive" in capsys.readouterr().err
+    (home / FILE_NAME).write_text("{}")
+    for name, fix in (("x.zip", "copy it again"), (FILE_NAME, f"name its folder, {home}")):
+        assert main(["import", str(home / name)]) == 2
+        shown = capsys.readouterr().err
+        assert "is not an intact archive" in shown and shown.endswith(f"; {fix}\n")

@@ -13,7 +13,7 @@ from tables import A100, H100, H200, mma, row, wgmma
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables
+from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables, known_winners
 from marlin_gen.families import FAMILIES
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
@@ -184,6 +184,13 @@ def test_other_formats_do_not_match():
     other = replace(ONE_SHAPE.rows[0], problem=Problem(4096, 4096, 1))
     object.__setattr__(other.problem, "weight_format", "u8")  # a format this version lacks cannot be built honestly
     assert {origin for origin, _ in plans(Problem(4096, 4096, 1), bare([other]))} == {"default"}
+
+
+def test_a_search_is_told_the_winners_of_the_default_format_where_its_groups_fit():
+    """A k that only smaller groups divide has none there, and that is no error."""
+    asked = [Problem(4096, 4096, 1, "u4b8g64"), Problem(2880, 2880, 1, "u4b8g64"), Problem(4096, 64, 1, "u4b8g64")]
+    found = known_winners(H100, [ONE_SHAPE], asked)
+    assert found.keys() == set(asked[:1]) and found[asked[0]][0] == M1
 
 
 def test_a_related_gpu_ranks_below_with_a_mark():

@@ -190,6 +190,15 @@ def test_the_command_writes_page_and_pictures(folder, tmp_path, capsys):
     assert drawn == ["block.png", "roofline.png", "search.png", "speedup.png", "sustained.png"]
 
 
+def test_the_command_takes_a_tables_own_folder_and_does_not_claim_pictures_that_are_not_drawn(folder, tmp_path, capsys):
+    pages = [tmp_path / "a.html", tmp_path / "b.html"]
+    for tuned, out in zip((folder.parent, folder), pages, strict=True):
+        assert main(["report", "--tuned", str(tuned), "--out", str(out), "--png", str(tmp_path / "png")]) == 0
+    assert pages[0].read_bytes() == pages[1].read_bytes() and not (tmp_path / "png").exists()
+    shown = capsys.readouterr().err
+    assert "nothing to draw" in shown and "png" not in shown
+
+
 def test_the_command_without_matplotlib_says_how_to_get_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("page", "pictures"):

@@ -301,10 +301,28 @@ def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
     assert all(cell.finals for cell in result.cells), "the finals are part of the budget"
 
 
-def test_a_budget_that_is_too_short_still_times_the_defaults(recording: Recording, tmp_path: Path) -> None:
-    result = run(recording, tmp_path, options=replace(OPTIONS, budget_s=1e-3))
-    assert result.stopped == "budget" and not result.unsolved
-    assert all(cell.winner.us for cell in result.cells)
+@pytest.mark.parametrize(
+    ("stopped", "limit"),
+    [("budget", {"budget_s": 1e-3}), ("trials", {"trials": 1}), ("no progress", {"batch_size": 1, "patience": 1})],
+)
+def test_limits_that_are_too_short_still_try_every_default_and_nothing_else(
+    recording: Recording, tmp_path: Path, stopped: str, limit: dict[str, float]
+) -> None:
+    """Each problem's own: a time of the first one's would do for a row, but might be slower than no table."""
+    first = default_plan(CELLS[0], synthetic.H100).config
+    slowed = replace(recording, measurements=[
+        replace(m, us=9 * m.us) if m.us and m.plan.config != first else m for m in recording.measurements
+    ])  # fmt: skip
+    measurer, events = Counting(slowed), list[Progress]()
+    options = replace(OPTIONS, **limit)  # type: ignore[arg-type]
+    result = run(slowed, tmp_path, measurer, options=options, on_progress=events.append)
+    assert result.stopped == stopped and not result.unsolved
+    for cell in result.cells:
+        assert measurer.asked[default_plan(cell.problem, synthetic.H100), cell.problem] == 1
+        assert cell.default and cell.speedup and cell.speedup >= 1
+    sources = [p.source for batch in load_recording(tmp_path / "log").batches for p in batch]
+    assert result.candidates == sources.count("default")
+    assert all(e.done <= e.total for e in events)
 
 
 def test_gives_up_without_progress_and_when_the_space_is_exhausted(recording: Recording, tmp_path: Path) -> None:
