@@ -46,7 +46,7 @@ def tune(
     templates' digest; a log made with others is refused.
 
     Ctrl-C ends the search and returns what was found; the log is resumable, as after a kill. Raises ValueError for
-    problems that cannot be tuned together or a log of another GPU, OSError naming the file when the disk is full.
+    problems that cannot be tuned together or a log of another GPU or other problems, OSError naming the file when the disk is full.
     """
     started = time.monotonic()
     options, elsewhere = options or TuneOptions(), winners_elsewhere or {}
@@ -63,6 +63,8 @@ def tune(
     log = MeasurementLog(log_path, gpu, dict(versions or {}))
     ahead = CompileAhead(spec_of, build or build_with_ninja())
     try:
+        if log.recording.done and log.recording.baselines.keys() != set(problems):  # candidates are done for those only
+            raise ValueError(f"{log_path} is of a tune of other problems; name another study, or start it afresh")
         journal = Journal(study_path, space) if study_path else None
         seeds = {
             "default": _defaults(problems, gpu),

@@ -288,6 +288,15 @@ def test_full_disk_is_told_and_the_tune_goes_on_later(recording: Recording, tmp_
     assert winners(resumed) == winners(run(recording, tmp_path / "whole"))
 
 
+def test_a_log_of_other_problems_is_refused(recording: Recording, tmp_path: Path) -> None:
+    """Its candidates are done, so that none would be timed for these."""
+    run(recording, tmp_path)
+    for others in (CELLS[:-1], CELLS[-1:]):
+        with pytest.raises(ValueError, match="log is of a tune of other problems; name another study"):
+            tune(others, ReplayMeasurer(recording), tmp_path / "log", options=OPTIONS, build=synthetic.build)
+    assert run(recording, tmp_path).cells
+
+
 def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
     class Slow(Counting):
         def screen(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
