@@ -46,7 +46,8 @@ def tune(
     templates' digest; a log made with others is refused.
 
     Ctrl-C ends the search and returns what was found; the log is resumable, as after a kill. Raises ValueError for
-    problems that cannot be tuned together or a log of another GPU or other problems, OSError naming the file when the disk is full.
+    problems that cannot be tuned together and for a log of another GPU or of other problems, OSError naming the file
+    when the disk is full.
     """
     started = time.monotonic()
     options, elsewhere = options or TuneOptions(), winners_elsewhere or {}
