@@ -1,4 +1,4 @@
-"""marlin_gen: linear layers with 4-bit weights and fp16 activations, C[m, n] = A[m, k] @ dequantize(B)[n, k]^T.
+"""marlin_gen: linear layers with 4- or 8-bit weights, C[m, n] = A[m, k] @ dequantize(B)[n, k]^T in fp16 or bf16.
 
     codes, scales = marlin_gen.quantize(weight)       # float [n, k] -> uint8 codes, f16 scales
     packed = marlin_gen.pack(codes, scales).to("cuda")

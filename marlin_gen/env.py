@@ -1,7 +1,7 @@
 """Everything that comes from outside: environment variables, user folders, and the resource folders of the package.
 
 The only module that reads ``os.environ``. Variables are read when asked for, never at import, so a test or a program
-may set them at any time. ``VARIABLES`` is the documentation: ``marlin-gen doctor`` and the README print it.
+may set them at any time. ``VARIABLES`` documents them; ``marlin-gen doctor`` lists those that are set.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Problem:
         return self.m * (self.n + self.k) * dtype(self.act_dtype).bytes
 
     def roofline_us(self, read_floor_us: float, tflops: float) -> float:
-        """No kernel is faster: reading the packed bytes, or the multiplications at the attainable rate."""
+        """The longer of a plain read of the packed bytes and of the multiplications at the rate ``tflops``."""
         return max(read_floor_us, self.flops / (tflops * 1e6))
 
 

@@ -13,7 +13,7 @@ TARGET = "marlin_gen/csrc"
 
 
 class LauncherHook(BuildHookInterface):  # type: ignore[type-arg]
-    """One library for every Python and every torch from 2.9 on: the wheel is of a platform, and of nothing else."""
+    """One library for every Python and every torch from 2.10 on: the wheel is of a platform, and of nothing else."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":  # a checkout builds it into the cache, when it is needed

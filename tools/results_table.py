@@ -49,7 +49,7 @@ def _section(path: Path) -> str:
     lines += [
         "",
         "Means are geometric. Roofline: the longer of a plain read of the packed bytes, launch included,"
-        f" and 2mnk at {tflops:.0f} TFLOP/s. Chained: one call"
+        f" and 2mnk at {tflops:.0f} TFLOP/s, a reference that large products on a rested card exceed. Chained: one call"
         " behind another as the op launches them, each starting while the one before it ends; others: plain launches."
         f" Largest relative error: {worst:.1e}.",
         "",

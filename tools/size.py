@@ -1,4 +1,4 @@
-"""Line budgets. A breach is a question about the design, not a number to raise: is the file still one idea?"""
+"""Line budgets. A breach is a question about the design first: is a file still one idea, and is the total worth it?"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from marlin_gen.toolchain import ToolchainError
 
 COMMANDS = typer.Typer(
     name="marlin-gen",
-    help="Tune, inspect and benchmark CUDA kernels for linear layers with 4-bit weights.",
+    help="Tune, inspect and benchmark CUDA kernels for linear layers with 4- or 8-bit weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

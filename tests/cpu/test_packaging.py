@@ -55,7 +55,7 @@ def test_the_wheel_ships_the_package_and_no_tests(wheel):
 def test_only_torch_is_needed_to_serve(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)
-    assert [line for line in required if "extra ==" not in line] == ["torch>=2.9"]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
 
 
 def test_an_unpacked_wheel_finds_its_own_templates(wheel, tmp_path):
@@ -321,8 +321,8 @@ def test_wheels_are_collected_for_another_machine(wheel, tmp_path, monkeypatch, 
 def test_extras_are_resolved_from_the_wheel(wheel, tmp_path):
     tool = load_tool("collect_wheels")
     path = Path(wheel.filename)
-    assert tool.requirements(path, []) == ["torch>=2.9"]
+    assert tool.requirements(path, []) == ["torch>=2.10"]
     dev = tool.requirements(path, ["dev"])
-    assert {"torch>=2.9", "gguf>=0.19", "ninja>=1.11"} <= set(dev) and not [line for line in dev if "marlin" in line]
+    assert {"torch>=2.10", "gguf>=0.19", "ninja>=1.11"} <= set(dev) and not [line for line in dev if "marlin" in line]
     with pytest.raises(SystemExit, match=r"unknown; known: .*tune"):
         tool.requirements(path, ["gpu"])
