@@ -81,8 +81,8 @@ def _block_caption() -> str:
 def _roofline_caption() -> str:
     return (
         "Roofline over measured time, for each matrix and batch size. The colour scale is perceptually uniform and ends"
-        f" at {pictures.LOWEST} and {pictures.HIGHEST}. The attainable rate is a reference, about what cuBLAS reaches on"
-        " a card that rests between replays: values a little above 1 exceed it."
+        f" at {pictures.LOWEST} and {pictures.HIGHEST}. The attainable rate is a reference, what cuBLAS about reaches"
+        " on a card that rests between replays: values a little above 1 exceed it."
     )
 
 
