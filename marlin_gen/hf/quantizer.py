@@ -76,7 +76,15 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("a foreign checkpoint is read from safetensors files; state_dict= alone will not do")
         assert config.source is not None
         entries = header_entries(checkpoint_files)
-        for layer, lasts in quantised_layers(entries, config.source.get("quant_method")).items():
+        method = config.source.get("quant_method")
+        layers = quantised_layers(entries, method)
+        if not layers:
+            keys = [key for key in ("checkpoint_format", "format") if key in config.source]
+            said = "".join(f" ({key} {config.source[key]!r})" for key in keys)
+            raise ValueError(
+                f"the checkpoint has no tensor of a {method!r} layer{said}: give one in the method's own format"
+            )
+        for layer, lasts in layers.items():
             tensors = {last: entries[f"{layer}.{last}"] for last in lasts}
             self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(
                 layer, tensors, linear, self.dtype

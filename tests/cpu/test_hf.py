@@ -190,6 +190,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             hf.from_pretrained(tmp_path / "in", auto_class=kind)
 
 
+@pytest.mark.usefixtures("restored")
+def test_a_checkpoint_without_a_layer_of_its_method_is_refused(tmp_path):
+    """AutoGPTQ's own Marlin layers, of which transformers would leave nn.Linears with random weights."""
+    write_checkpoint(tmp_path / "in", "gptq", change=lambda _, parts: {"B": parts["qweight"], "s": parts["scales"]})
+    path = tmp_path / "in/config.json"
+    about = json.loads(path.read_text())
+    about["quantization_config"]["checkpoint_format"] = "marlin"
+    path.write_text(json.dumps(about))
+    hf.take_over(["gptq"])
+    for load in (hf.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"no tensor of a 'gptq' layer \(checkpoint_format 'marlin'\): give"):
+            load(tmp_path / "in")
+    del about["quantization_config"]["checkpoint_format"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"no tensor of a 'gptq' layer: give one in the method's own"):
+        hf.from_pretrained(tmp_path / "in")
+
+
 def test_a_float_checkpoint_is_quantised(tmp_path):
     torch.manual_seed(0)
     source = transformers.LlamaForCausalLM(small_config()).half().eval()
