@@ -25,6 +25,11 @@ def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: s
     """The weight of the layer called ``name``: see ``marlin_gen.checkpoints.read_layer``."""
     scheme = _scheme(config, name)
     layer = Layer(name, tensors, {"format": scheme.get("format") or config.get("format"), **scheme["weights"]})
+    if places := _transformed(config):
+        raise layer.error(
+            f"transform_config transforms activations at run time ({', '.join(places)}), which kernels do not; quantise"
+            " without it, or with transforms that are fused into weights"
+        )
     layer.setting("format", ("pack-quantized",))
     layer.setting("type", ("int",), default="int")
     bits: int = layer.setting("num_bits", (4, 8))
@@ -57,6 +62,13 @@ def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: s
         zeros=zeros,
         order=order,
     )
+
+
+def _transformed(config: Mapping[str, Any]) -> list[str]:
+    """Where transform_config changes anything but stored weights: without that, they are not the layer's."""
+    groups = ((config.get("transform_config") or {}).get("config_groups") or {}).values()
+    places = {one["location"] for group in groups for one in group["apply"]}
+    return sorted(places - {"weight_input", "weight_output"})
 
 
 def _scheme(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -28,19 +28,29 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROTARY = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)$")
+_ROTARY = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
+_MERGE = "merge it with llama-gguf-split --merge"
 
 
 def open_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Stored]]:
     """(config.json, tensors by transformers' names and in its row order) of a GGUF file; nothing is read yet.
 
     Linear layers of Q4_0, Q4_1 and Q8_0 are read as they are stored; an embedding of these types, which is looked up
-    and not multiplied, in f16; other tensors unchanged. Raises ValueError for what is no plain llama model.
+    and not multiplied, in f16; other tensors unchanged. Raises ValueError for what is no plain llama model, or no
+    whole one.
     """
     reader = open_reader(path)
+    split = reader.get_field("split.count")  # before the metadata, which only the first part has
+    if split and split.contents() > 1:
+        raise ValueError(f"{path} is one of {split.contents()} parts: {_MERGE}")
     stored = stored_tensors(reader)
     metadata = read_metadata(reader)
     config = config_dict(metadata, tied=not any(one.name == "output.weight" for one in stored))
+    blocks = (f"blk.{block}.{name}.weight" for block in range(metadata["layers"]) for name in _BLOCK)
+    found = {one.name for one in stored}
+    lost = [name for name in ("token_embd.weight", *blocks, "output_norm.weight") if name not in found]
+    if lost:
+        raise ValueError(f"{path} has no tensor {lost[0]!r}: it is cut, or a part of a split file: {_MERGE}")
     heads, kv_heads = metadata["heads"], metadata["kv_heads"]
 
     def read(one: Stored) -> QuantizedWeight | torch.Tensor:
@@ -58,18 +68,18 @@ def open_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Store
 
 def hf_name(name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; a ValueError for an unknown tensor."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
     known = match and (_WHOLE if match[1] is None else _BLOCK).get(match[2])
     if not match or not known:
         raise ValueError(
-            f"tensor {name!r} is not one of a plain {ARCHITECTURE} model; with rope_freqs, experts and the like, start"
-            " from the model's safetensors"
+            f"tensor {name!r} is not one of a plain {ARCHITECTURE} model; with biases, rope_freqs, experts and so on,"
+            " start from the model's safetensors"
         )
-    return f"{known}.{match[3]}" if match[1] is None else f"model.layers.{match[1]}.{known}.{match[3]}"
+    return f"{known}.weight" if match[1] is None else f"model.layers.{match[1]}.{known}.weight"
 
 
 def is_linear(name: str) -> bool:
-    """Whether this tensor, by its GGUF name, is the weight of a linear layer: neither embedding, norm nor bias."""
+    """Whether this tensor, by its GGUF name, is the weight of a linear layer: neither embedding nor norm."""
     return bool(re.fullmatch(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight|output\.weight", name))
 
 
@@ -103,7 +113,8 @@ def config_dict(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     rope, tokenizer = metadata["rope"], metadata["tokenizer"]
     if metadata["architecture"] != ARCHITECTURE:
         raise ValueError(f"the GGUF file has architecture {metadata['architecture']!r}; read so far: {ARCHITECTURE!r}")
-    if any(key.startswith("scaling.") and key != "scaling.finetuned" for key in rope):
+    old = rope.get("scale_linear", 1.0)  # what llama.cpp reads where there is no scaling.factor
+    if old != 1.0 or any(key.startswith("scaling.") and key != "scaling.finetuned" for key in rope):
         raise ValueError(f"the GGUF file scales its rotary frequencies ({rope}), which is not read: use safetensors")
     if rope.get("dimension_count", metadata["head_size"]) != metadata["head_size"]:
         raise ValueError(f"rope.dimension_count is {rope['dimension_count']}, heads have {metadata['head_size']}")

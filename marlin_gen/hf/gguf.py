@@ -55,9 +55,6 @@ def from_gguf(
         _set_parameter(model, one.name, value.to(device, dtype))
     model.tie_weights()
     _fill_buffers(model, config, device)
-    missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if missing:
-        raise ValueError(f"{path} has no tensor for {', '.join(missing)}: the file is not a whole model")
     if unheld:
         listed = "; ".join(f"{name} ({reason})" for name, reason in unheld.items())
         warnings.warn(

@@ -23,6 +23,17 @@ from marlin_gen.replace import quantize_model
 logger = logging.get_logger(__name__)
 
 
+def _find(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
+    """What ``model`` calls the checkpoint's ``name``, and that module: without a head, names lack a prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for target in (name, name.removeprefix(prefix), f"{prefix}{name}"):
+        try:
+            return target, model.get_submodule(target)
+        except AttributeError:
+            continue
+    return name, None
+
+
 @register_quantizer(METHOD)
 class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts ``QuantLinear``s where a checkpoint has quantised layers; see ``MarlinGenConfig``."""
@@ -53,9 +64,10 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return
         if config.formats is not None:
-            reordered = {name for name in header_entries(checkpoint_files or ()) if name.endswith(".order")}
+            orders = [name for name in header_entries(checkpoint_files or ()) if name.endswith(".order")]
+            reordered = {_find(model, name.removesuffix(".order"))[0] for name in orders}
             for name, fmt in config.formats.items():
-                kind = fmt, "meta", self.dtype, f"{name}.order" in reordered
+                kind = fmt, "meta", self.dtype, _find(model, name)[0] in reordered
                 self._replace(model, name, lambda linear, kind=kind: QuantLinear(
                     linear.in_features, linear.out_features, linear.bias is not None, *kind
                 ))  # fmt: skip
@@ -64,7 +76,15 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("a foreign checkpoint is read from safetensors files; state_dict= alone will not do")
         assert config.source is not None
         entries = header_entries(checkpoint_files)
-        for layer, lasts in quantised_layers(entries, config.source.get("quant_method")).items():
+        method = config.source.get("quant_method")
+        layers = quantised_layers(entries, method)
+        if not layers:
+            keys = [key for key in ("checkpoint_format", "format") if key in config.source]
+            said = "".join(f" ({key} {config.source[key]!r})" for key in keys)
+            raise ValueError(
+                f"the checkpoint has no tensor of a {method!r} layer{said}: give one in the method's own format"
+            )
+        for layer, lasts in layers.items():
             tensors = {last: entries[f"{layer}.{last}"] for last in lasts}
             self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(
                 layer, tensors, linear, self.dtype
@@ -72,15 +92,11 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _replace(self, model: nn.Module, name: str, make: Any) -> None:
         """Put ``make(linear)`` where ``model`` has the nn.Linear that a checkpoint calls ``name``."""
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        is_base = getattr(model, "base_model", model) is model  # AutoModel: the checkpoint's names have a prefix more
-        if is_base and not name.startswith(prefix):
+        target, linear = _find(model, name)
+        first = name.partition(".")[0]
+        is_head = not hasattr(model, first) and first != getattr(model, "base_model_prefix", "")
+        if is_head and linear is None and getattr(model, "base_model", model) is model:
             return  # of the head, which this model has not
-        target = name.removeprefix(prefix) if is_base else name
-        try:
-            linear = model.get_submodule(target)
-        except AttributeError:
-            linear = None
         if not isinstance(linear, nn.Linear):
             what = "no such module" if linear is None else f"a {type(linear).__name__} of that name"
             raise ValueError(

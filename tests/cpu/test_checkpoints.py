@@ -130,6 +130,12 @@ def scheme(**entries):
     return mutate
 
 
+def transformed(*locations):
+    """Hadamard transforms, as llm-compressor's SpinQuant and QuIP modifiers leave them."""
+    apply = [{"location": one, "targets": ["Linear"], "inverse": False, "ignore": ["lm_head"]} for one in locations]
+    return configured(transform_config={"config_groups": {"R": {"type": "hadamard", "apply": apply}}})
+
+
 def with_value(value, *index):
     def change(tensor):
         tensor[index] = value
@@ -174,6 +180,7 @@ def with_value(value, *index):
         (PACKED, scheme(group_size=96), "group_size is 96"),
         (PACKED, configured(format="marlin-24"), "format is 'marlin-24'"),
         (PACKED, configured(config_groups={}), "none of the config_groups"),
+        (PACKED, transformed("input", "weight_input", "k_cache"), r".* run time \(input, k_cache\), which"),
     ],
 )
 def test_damage_is_named(name, mutate, says):
@@ -195,6 +202,12 @@ def test_g_idx_of_minus_ones_is_no_order():
     tensors["weight_g_idx"] = torch.full((256,), -1, dtype=torch.int32)
     weight = read_layer(tensors, config, "layer")
     assert weight.order is None and torch.equal(weight.dequantize().half(), decoded)
+
+
+@pytest.mark.parametrize("mutate", [transformed("weight_input", "weight_output"), configured(transform_config={})])
+def test_transforms_that_are_fused_into_weights_change_nothing(mutate):
+    tensors, config, decoded = fixture(PACKED)
+    assert torch.equal(read_layer(*mutate(tensors, config), "layer").dequantize().half(), decoded)
 
 
 def test_the_best_target_names_the_scheme():

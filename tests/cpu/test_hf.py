@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from foreign import METHODS, small_config, write_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -98,6 +99,11 @@ def test_saved_and_loaded_again(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def shuffled(layer, tensors):
+    """In act-order."""
+    tensors["g_idx"] = tensors["g_idx"].flip(0)
+
+
 def test_a_fused_model_is_not_saved(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     model = hf.from_pretrained(tmp_path / "in")
@@ -114,6 +120,36 @@ def test_the_base_model_of_a_checkpoint(tmp_path):
     assert QuantLinear in kinds(base).values() and nn.Linear not in kinds(base).values()
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_checkpoint_of_a_base_model(tmp_path, in_order):
+    """Saved from an AutoModel, names have no "model."; with or without the head, it is the same layers."""
+    write_checkpoint(tmp_path / "in", "gptq", change=None if in_order else shuffled)
+    whole = hf.from_pretrained(tmp_path / "in")
+    expected = whole.model(IDS).last_hidden_state
+    whole.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "in/model.safetensors"
+    bare = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}
+    save_file(bare, file, metadata={"format": "pt"})
+    hf.from_pretrained(tmp_path / "in", auto_class=AutoModel).save_pretrained(tmp_path / "bare")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "cut")
+    for name in ("in", "bare", "whole", "cut"):
+        base = hf.from_pretrained(tmp_path / name, auto_class=AutoModel)
+        assert set(kinds(base).values()) == {QuantLinear} and torch.equal(base(IDS).last_hidden_state, expected), name
+        model = hf.from_pretrained(tmp_path / name).model
+        assert set(kinds(model).values()) == {QuantLinear} and torch.equal(model(IDS).last_hidden_state, expected), name
+
+
+def test_a_quantised_base_model_saved_and_loaded_again(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaModel(small_config()).half().save_pretrained(tmp_path / "float")
+    base = AutoModel.from_pretrained(tmp_path / "float", quantization_config=hf.MarlinGenConfig())
+    base.save_pretrained(tmp_path / "saved")
+    again, whole = (kind.from_pretrained(tmp_path / "saved") for kind in (AutoModel, AutoModelForCausalLM))
+    assert set(kinds(base).values()) == {QuantLinear} and kinds(again) == kinds(base) == kinds(whole.model)
+    for model in (again, whole.model):
+        assert torch.equal(model(IDS).last_hidden_state, base(IDS).last_hidden_state)
 
 
 def test_unsupported_layers_fall_through_with_one_warning(tmp_path):
@@ -149,7 +185,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.gate_proj is 384 x 256 in the checkpoint, 512 x 256 in"):
         hf.from_pretrained(tmp_path / "in")
     path.write_text(json.dumps({**about, "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match=r"model.layers.1.\S+ is a quantised linear .* has no such module"):
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ValueError, match=r"model.layers.1.\S+ is a quantised linear .* has no such module"):
+            hf.from_pretrained(tmp_path / "in", auto_class=kind)
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_checkpoint_without_a_layer_of_its_method_is_refused(tmp_path):
+    """AutoGPTQ's own Marlin layers, of which transformers would leave nn.Linears with random weights."""
+    write_checkpoint(tmp_path / "in", "gptq", change=lambda _, parts: {"B": parts["qweight"], "s": parts["scales"]})
+    path = tmp_path / "in/config.json"
+    about = json.loads(path.read_text())
+    about["quantization_config"]["checkpoint_format"] = "marlin"
+    path.write_text(json.dumps(about))
+    hf.take_over(["gptq"])
+    for load in (hf.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"no tensor of a 'gptq' layer \(checkpoint_format 'marlin'\): give"):
+            load(tmp_path / "in")
+    del about["quantization_config"]["checkpoint_format"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"no tensor of a 'gptq' layer: give one in the method's own"):
         hf.from_pretrained(tmp_path / "in")
 
 

@@ -22,6 +22,7 @@ import marlin_gen.hf as hf
 from marlin_gen import QuantLinear
 from marlin_gen.checkpoints.gguf_llama import hf_name, open_model
 from marlin_gen.cli.root import main
+from marlin_gen.convert import convert
 from marlin_gen.layout import unpack
 from marlin_gen.reference import dequantize
 
@@ -56,7 +57,7 @@ def as_halves(weight, heads):
     return weight[rows]
 
 
-def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABULARY, **changes):
+def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABULARY, without=(), bias=None, **changes):
     """The model with the weights that gguf's own dequantising gives, rounded to f16."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -70,8 +71,11 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
     fields = {"block_count": LAYERS, "embedding_length": HIDDEN, "feed_forward_length": INNER, "context_length": 128,
               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": 64,
               "vocab_size": vocabulary, **changes}  # fmt: skip
+    adds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in fields.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{key}", value)
+        adds[type(value)](key if key.startswith("split.") else f"llama.{key}", value)
+    if bias:
+        writer.add_tensor(bias, np.ones(HIDDEN, np.float32))
     writer.add_float32("llama.rope.freq_base", 100000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     if tokenizer:
@@ -90,6 +94,8 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
     for name, parameter in source.named_parameters():
         target = dense.get_parameter(name)
         values = parameter.data
+        if gguf_name(name) in without:
+            continue
         if "norm" in name:
             values.copy_(torch.rand(HIDDEN, generator=generator) + 0.5)
             writer.add_tensor(gguf_name(name), values.numpy(), raw_dtype=Kind.F32)
@@ -218,8 +224,6 @@ def test_q4_0_and_an_untied_head(tmp_path):
     ("changes", "says"),
     [
         ({"feed_forward_length": 1600}, r"gate_proj.weight is \[1536, 576\] in the file; the model that its metadata"),
-        ({"block_count": 3}, "has no tensor for model.layers.2"),
-        ({"rope.scaling.type": "yarn"}, "scales its rotary frequencies"),
         ({"rope.dimension_count": 32}, "rope.dimension_count is 32, heads have 64"),
     ],
 )
@@ -227,6 +231,47 @@ def test_another_model_than_its_metadata_say_is_refused(tmp_path, changes, says)
     write(tmp_path / "a.gguf", **changes)
     with pytest.raises(ValueError, match=says):
         hf.from_gguf(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"block_count": 3}, r"has no tensor 'blk.2.attn_norm.weight': it is cut, or a part of .* --merge"),
+        ({"without": ["blk.1.ffn_up.weight"]}, "has no tensor 'blk.1.ffn_up.weight'"),
+        ({"without": ["token_embd.weight"]}, "has no tensor 'token_embd.weight'"),
+        ({"without": ["output_norm.weight"]}, "has no tensor 'output_norm.weight'"),
+        ({"split.count": 2}, "a.gguf is one of 2 parts: merge it with llama-gguf-split --merge"),
+        ({"bias": "blk.0.attn_q.bias"}, r"tensor 'blk.0.attn_q.bias' is not one of a plain llama model; with biases"),
+        ({"rope.scaling.type": "yarn"}, "scales its rotary frequencies"),
+        ({"rope.scale_linear": 4.0}, r"scales its rotary frequencies .*'scale_linear': 4.0"),
+    ],
+)
+def test_what_would_be_another_model_is_neither_loaded_nor_converted(tmp_path, changes, says):
+    write(tmp_path / "a.gguf", **changes)
+    with pytest.raises(ValueError, match=says):
+        hf.from_gguf(tmp_path / "a.gguf")
+    with pytest.raises(ValueError, match=says):
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_split_of_one_part_and_a_scale_of_one_are_read(tmp_path):
+    write(tmp_path / "a.gguf", **{"split.count": 1, "rope.scale_linear": 1.0})
+    assert len(hf.from_gguf(tmp_path / "a.gguf").model.layers) == LAYERS
+
+
+def test_a_later_part_of_a_split_file_is_called_one(tmp_path):
+    """It has neither architecture nor tensors of the first."""
+    writer = library.GGUFWriter(tmp_path / "a.gguf", "")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.count", 2)
+    writer.add_tensor("output_norm.weight", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="is one of 2 parts"):
+        open_model(tmp_path / "a.gguf")
 
 
 def test_a_head_that_no_format_holds_runs_dequantised_with_a_warning(tmp_path):
@@ -242,7 +287,7 @@ def test_unknown_weights_are_refused(smol):
 
 
 def test_unknown_tensors_and_architectures_are_refused(tmp_path):
-    for name in ("rope_freqs.weight", "blk.0.ffn_gate_inp.weight"):
+    for name in ("rope_freqs.weight", "blk.0.ffn_gate_inp.weight", "output_norm.bias"):
         with pytest.raises(ValueError, match=f"tensor '{name}' is not one of a plain llama model"):
             hf_name(name)
     writer = library.GGUFWriter(tmp_path / "a.gguf", "mamba")
