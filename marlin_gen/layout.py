@@ -24,7 +24,7 @@ so that a code read as a subnormal number, times the scale, is a normal one (deq
 
 Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero
 points are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose
-codes come out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them.
+codes come out as 1024 + q and 64 + q; in bf16 -(128 + z) of both. The type holds all of them. ``retyped`` changes it.
 """
 
 from __future__ import annotations
@@ -149,6 +149,20 @@ def lifts(scales: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(largest), exponent).to(scales.dtype)
 
 
+def retyped(scales: torch.Tensor, weight_format: str, dtype: torch.dtype) -> torch.Tensor:
+    """Packed ``scales`` in ``dtype``: rounded, but that zero points become what decoding in ``dtype`` needs.
+
+    In a type of no kernel, as float32, zero points stay as they are, and can be told from there as well.
+    """
+    found = scales.to(dtype)
+    if format_row(weight_format).offset == "zeros" and dtype in SCALE_DTYPES and dtype != scales.dtype:
+        terms, new = (each.view(*each.shape[:2], -1, 2, 2)[..., 1, :] for each in (scales, found))  # [.., row half]
+        size = terms.abs()
+        zeros = size - torch.where(size >= 1024, 1024, torch.where(size >= 128, 128, 64))
+        new.copy_(_terms(zeros.to(dtype), torch.arange(2, device=zeros.device) == 1))
+    return found
+
+
 def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of ``pack``: codes (uint8 [n, k]) and scales ([n, k / group_size], or [.., 2] with offsets).
 
@@ -191,9 +205,13 @@ def _zero_terms(zeros: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """What decoding subtracts or adds for zero points [n, groups]; ValueError unless they are whole, 0 .. codes."""
     if not bool(((zeros >= 0) & (zeros <= fmt.codes) & (zeros == zeros.round())).all()):
         raise ValueError(f"zero points of {fmt.name} must be whole numbers from 0 to {fmt.codes}")
+    return _terms(zeros, torch.arange(zeros.shape[0], device=zeros.device)[:, None] // 8 % 2 == 1)
+
+
+def _terms(zeros: torch.Tensor, is_high: torch.Tensor) -> torch.Tensor:
+    """Of zero points in the type of activations; ``is_high``: of rows g + 8."""
     if zeros.dtype == torch.bfloat16:
         return -(128 + zeros)
-    is_high = torch.arange(zeros.shape[0], device=zeros.device)[:, None] // 8 % 2 == 1  # rows g + 8
     return torch.where(is_high, -(64 + zeros), 1024 + zeros)
 
 

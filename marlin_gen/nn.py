@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack
+from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack, retyped
 from marlin_gen.op import gemm
 from marlin_gen.problem import SIZE_UNIT, check_shape, words_per_tile
 from marlin_gen.reference import quantize
@@ -135,6 +136,13 @@ class QuantLinear(nn.Module):
             f" weight_format={self.weight_format}, dtype={str(self.scales.dtype).removeprefix('torch.')}"
         )
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        before = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != before.dtype:  # fn casts numbers; zero points are not the same in another type
+            self.scales = retyped(before, self.weight_format, self.scales.dtype).to(self.scales.device)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):  # no tensor: older state dicts are loaded, and older releases load these
@@ -153,6 +161,11 @@ class QuantLinear(nn.Module):
             return
         if f"{prefix}order" in state_dict and self.order is None:
             self.order = torch.arange(self.in_features, device=self.weight.device)
+        scales = state_dict.get(f"{prefix}scales")
+        is_copied = not local_metadata.get("assign_to_params_buffers")  # else the layer takes their type
+        if is_copied and scales is not None and scales.shape == self.scales.shape:
+            scales = retyped(scales, self.weight_format, self.scales.dtype)
+            state_dict = {**state_dict, f"{prefix}scales": scales}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

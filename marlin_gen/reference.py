@@ -14,6 +14,7 @@ from marlin_gen.problem import check_shape
 _DIVISORS = {4: (7.0, 7.4, 7.8, 8.2, 8.6, 9.0), 8: (127.0,)}
 _CHUNK_WEIGHTS = 1 << 24  # weights quantised at once: bounds the fp32 temporaries to a few hundred MB
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive f16: a group of tiny weights must not get the scale 0
+_LARGEST_ZERO = 2048  # in scales: up to it f16 has whole numbers, beyond it steps of a code are lost in q - z
 
 
 def quantize(
@@ -72,11 +73,14 @@ def _quantize_from_least(
     groups: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [rows, groups, group_size] to codes of the same shape and [rows, groups, 2]: scales and offsets."""
-    _checked_absmax(groups, fmt)
+    absmax = _checked_absmax(groups, fmt)
     low, high = groups.amin(-1), groups.amax(-1)
     if fmt.offset == "zeros":  # zero has a code of its own
         low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = ((high - low) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE).to(dtype)
+    scale = ((high - low) / (fmt.codes - 1)).clamp_min(_SMALLEST_SCALE)
+    if fmt.offset == "fractions":  # a group far from zero for its width, above all a constant one, has no finite zero
+        scale = scale.maximum(absmax / _LARGEST_ZERO)
+    scale = scale.to(dtype)
     if fmt.offset == "minima":
         offset = low.to(dtype)
         codes = (groups - offset.float()[..., None]) / scale.float()[..., None]

@@ -10,6 +10,8 @@ from marlin_gen.checkpoints.packing import to_packed
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.layout import PackedWeight
 
+_CHUNK_WEIGHTS = 1 << 20  # dequantised at once: float64 temporaries of some 8 MB each, however large the weight
+
 
 @dataclass(frozen=True, eq=False)
 class Unheld:
@@ -41,7 +43,11 @@ def packed_or_dense(
 
 def dense(weight: QuantizedWeight, name: str, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """``dtype`` [n, k], rounded once from the exact weight; a ValueError with ``name`` where ``dtype`` overflows."""
-    rounded = weight.dequantize().to(dtype)
-    if not bool(rounded.isfinite().all()):
-        raise ValueError(f"{name} has weights beyond the range of {dtype}: damaged, or made for another type")
-    return rounded
+    whole = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.codes.device)
+    step = max(_CHUNK_WEIGHTS // weight.k, 1)
+    for start in range(0, weight.n, step):
+        chosen = slice(start, start + step)
+        rounded = whole[chosen].copy_(weight.rows(chosen).dequantize())
+        if not bool(rounded.isfinite().all()):
+            raise ValueError(f"{name} has weights beyond the range of {dtype}: damaged, or made for another type")
+    return whole

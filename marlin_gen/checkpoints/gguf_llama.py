@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,10 +98,7 @@ def undo_permutation(
     if rows % (2 * count):
         raise ValueError(f"tensor {name!r} has {rows} rows, which {count} heads of an even size do not make")
     order = torch.arange(rows).view(count, -1, 2).transpose(1, 2).flatten()
-    if isinstance(tensor, torch.Tensor):
-        return tensor[order]
-    zeros, minima = (None if part is None else part[order] for part in (tensor.zeros, tensor.minima))
-    return replace(tensor, codes=tensor.codes[order], scales=tensor.scales[order], zeros=zeros, minima=minima)
+    return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.rows(order)
 
 
 def config_dict(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,11 @@ class QuantizedWeight:
     @property
     def k(self) -> int:
         return self.codes.shape[1]
+
+    def rows(self, chosen: slice | torch.Tensor) -> QuantizedWeight:
+        """The weight of these rows alone."""
+        zeros, minima = (None if part is None else part[chosen] for part in (self.zeros, self.minima))
+        return replace(self, codes=self.codes[chosen], scales=self.scales[chosen], zeros=zeros, minima=minima)
 
     def dequantize(self) -> torch.Tensor:
         """The weight [n, k] in float64, input features in their own order: nothing is rounded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,17 +15,27 @@ from marlin_gen.nn import QuantLinear
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class _Results(threading.local):
+    """What the calling thread's last product left to be asked for: none gets another's. Copies are empty."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[_Results], tuple[()]]:
+        return _Results, ()
+
+
 class FusedProjection(nn.Module):
     """The first of the projections: it computes all of them, and keeps the others' results until they are asked for."""
 
     def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
         super().__init__()
         self.linear, self.sizes = linear, list(sizes)
-        self.results: dict[int, torch.Tensor] = {}
+        self.results = _Results()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[torch.Tensor] = list(self.linear(x).split(self.sizes, dim=-1))
-        self.results = dict(enumerate(parts[1:], start=1))
+        self.results.parts = dict(enumerate(parts[1:], start=1))
         return parts[0]
 
 
@@ -37,7 +48,7 @@ class LaterProjection(nn.Module):
         self.index, self.name = index, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._fused[0].results.pop(self.index, None)
+        found = self._fused[0].results.parts.pop(self.index, None)
         if found is None or found.shape[:-1] != x.shape[:-1]:
             before = "the projection before it, which was not called with this input"
             raise RuntimeError(f"{self.name} is fused with {before}")

@@ -138,6 +138,9 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         """What ``save_pretrained`` asks for before it writes; only here is the model at hand."""
         if any(isinstance(module, FusedProjection) for module in model.modules()):
             raise ValueError("a fused model has other names than its config: call save_pretrained before hf.fuse")
+        for module in model.modules():  # which may have been cast since they were loaded
+            if isinstance(module, QuantLinear) and module.scales.dtype in SCALE_DTYPES:
+                self.quantization_config.dtype = str(module.scales.dtype).removeprefix("torch.")
         return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -104,6 +104,18 @@ def shuffled(layer, tensors):
     tensors["g_idx"] = tensors["g_idx"].flip(0)
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_of_another_type_is_saved_and_loaded_again(tmp_path, cast):
+    """GPTQ's zero points are encoded otherwise in each type. Of float32, which no kernel has, the type before it."""
+    write_checkpoint(tmp_path / "in", "gptq")
+    model = hf.from_pretrained(tmp_path / "in")
+    own = cast if cast != torch.float32 else torch.float16
+    expected = logits(hf.from_pretrained(tmp_path / "in", dtype=own))
+    model.to(cast).save_pretrained(tmp_path / "saved")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert found.dtype == own and difference(logits(found), expected) < 1e-3
+
+
 def test_a_fused_model_is_not_saved(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     model = hf.from_pretrained(tmp_path / "in")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +59,36 @@ def test_a_later_projection_alone_is_an_error():
     fuse(made)
     with pytest.raises(RuntimeError, match="up_proj is fused with the projection before it, which was not called"):
         made.model.layers[0].mlp.up_proj(torch.zeros(1, 256).half())
+
+
+@torch.inference_mode()
+def test_threads_do_not_get_one_another_s_results():
+    made = model()
+    attention = made.model.layers[0].self_attn
+    one, two = torch.randn(2, 1, 256).half()
+    key = attention.k_proj(one)
+    fuse(made)
+    attention.q_proj(one)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(attention.q_proj, two).result()
+        assert torch.equal(attention.k_proj(one), key)
+        left = other.submit(lambda: weakref.ref(attention.q_proj.results.parts[1])).result()
+        assert left() is not None
+    gc.collect()
+    assert left() is None, "what a thread never asked for goes with it"
+    with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="v_proj is fused with"):
+        other.submit(attention.v_proj, one).result()
+
+
+@torch.inference_mode()
+def test_a_fused_model_is_copied_and_compiled_whole():
+    made = model()
+    block = made.model.layers[0].mlp
+    fuse(made)
+    x = torch.randn(3, 256).half()
+    block.gate_proj(x)  # leaves a result
+    expected = block(x)
+    assert torch.equal(copy.deepcopy(block)(x), expected)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(compiled(x), expected) and torch.equal(other.submit(compiled, x).result(), expected)

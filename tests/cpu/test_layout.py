@@ -230,6 +230,20 @@ def test_quantize_survives_zero_and_tiny_groups(dtype):
     assert (decoded[:, 128:256].float() - 1e-7).abs().max() <= 2.0**-24
 
 
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("weight_format", ["u4fg128", "u4fg64", "u4fg32"])
+def test_quantize_survives_groups_far_from_zero(weight_format, dtype):
+    """Constant ones above all: their zero point would be beyond f16."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    for row, value in enumerate((0.02, -0.02, 3e4, -3e4)):
+        weight[row] = value
+    weight[4] = 1 + weight[4] * 1e-4
+    decoded = dequantize(*quantize(weight, weight_format, dtype), weight_format, torch.float32)
+    error = (decoded - weight).norm(dim=1) / weight.norm(dim=1)
+    assert bool((error[:5] < (2.0**-8 if dtype == torch.bfloat16 else 2.0**-11)).all()), error[:5]
+    assert bool((error[5:] < 0.15).all()), error
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
 def test_quantize_refuses_weights_a_scale_cannot_hold(value):
     weight = torch.randn(64, 128)

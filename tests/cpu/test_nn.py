@@ -51,6 +51,63 @@ def test_lifts_survive_a_change_of_type_and_a_new_layer_has_ones():
     assert bool((layer.scales[:, -1] == 1).all()) and not layer(torch.randn(2, 256).bfloat16()).any()
 
 
+def every_zero(weight_format: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and scales that both types hold with all zero points, or other offsets, from 0 to 16."""
+    fmt = FORMATS[weight_format]
+    codes = torch.randint(0, fmt.codes, (128, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scales = (1 + torch.arange(128 * (256 // fmt.group_size)).view(128, -1) % 7) / 64
+    zeros = torch.arange(scales.numel()).view_as(scales) % 17
+    return codes, (torch.stack([scales, zeros], -1) if fmt.has_offsets else scales).to(dtype)
+
+
+def through_a_state_dict(layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    other = nn.Sequential(QuantLinear(256, 128, weight_format=layer.weight_format)).to(dtype)
+    state = nn.Sequential(layer).state_dict()
+    other.load_state_dict(state)
+    assert state["0.scales"].data_ptr() == layer.scales.data_ptr(), "a caller's dict is left as it was"
+    return other[0]
+
+
+CHANGES = {
+    "to": lambda layer, dtype: layer.to(dtype),
+    "to device": lambda layer, dtype: layer.to("cpu", dtype),
+    "in a model": lambda layer, dtype: nn.Sequential(layer).to(dtype)[0],
+    "by float32": lambda layer, dtype: layer.float().to(dtype),
+    "copied": lambda layer, dtype: copy.deepcopy(layer).to(dtype),
+    "loaded": through_a_state_dict,
+    "loaded of float32": lambda layer, dtype: through_a_state_dict(layer.float(), dtype),
+    "loaded in float32": lambda layer, dtype: through_a_state_dict(layer, torch.float32).to(dtype),
+}
+
+
+@pytest.mark.parametrize("weight_format", sorted(FORMATS))
+@pytest.mark.parametrize("way", CHANGES)
+@pytest.mark.parametrize("types", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_a_change_of_type_keeps_the_weight(weight_format, way, types):
+    """Zero points are encoded otherwise in each type: a plain cast of them makes another weight."""
+    own, other = (marlin_gen.pack(*every_zero(weight_format, dtype), weight_format) for dtype in types)
+    changed = CHANGES[way](QuantLinear.from_packed(own), types[1])
+    assert torch.equal(changed.weight, other.weight) and torch.equal(changed.scales, other.scales)
+    x = torch.randn(3, 256).to(types[1])
+    assert torch.equal(changed(x), QuantLinear.from_packed(other)(x))
+    assert torch.equal(CHANGES[way](changed, types[0]).scales, own.scales), "and back"
+
+
+def test_assigning_takes_the_type_of_what_is_assigned():
+    state = QuantLinear.from_float(linear().bfloat16(), "u4zg64").state_dict()
+    layer = QuantLinear(256, 128, weight_format="u4zg64")
+    layer.load_state_dict(state, assign=True)
+    assert layer.scales.dtype == torch.bfloat16 and torch.equal(layer.scales, state["scales"])
+
+
+def test_a_new_layer_of_another_type_is_zero_and_other_sizes_are_refused_as_ever():
+    layer = QuantLinear(256, 128, weight_format="u4zg64").bfloat16().half()
+    assert not layer(torch.randn(2, 256).half()).any()
+    state = {**layer.bfloat16().state_dict(), "scales": torch.zeros(3)}
+    with pytest.raises(RuntimeError, match="size mismatch for scales"):
+        QuantLinear(256, 128, weight_format="u4zg64").load_state_dict(state)
+
+
 @pytest.mark.parametrize("weight_format", ["u4b8g128", "u4zg32"])
 def test_gradient_of_the_activations(weight_format):
     layer = QuantLinear.from_float(linear(), weight_format)
