@@ -93,7 +93,8 @@ def _quantize_from_least(
 
 def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     absmax = groups.abs().amax(dim=-1)
-    limit = torch.finfo(torch.float16).max * _DIVISORS[fmt.bits][0]
+    steps = 1.0 if fmt.offset == "minima" else _DIVISORS[fmt.bits][0]  # a minimum is a weight itself, kept as f16
+    limit = torch.finfo(torch.float16).max * steps
     if not bool((absmax <= limit).all()):  # also false for NaN
         raise ValueError(
             f"the largest weight is {absmax.max().item()}, but {fmt.name} holds finite weights up to {limit:.0f};"

@@ -250,3 +250,13 @@ def test_quantize_refuses_weights_a_scale_cannot_hold(value):
     weight[3, 5] = value
     with pytest.raises(ValueError, match=r"the largest weight is .* check the checkpoint"):
         quantize(weight)
+
+
+def test_weights_that_a_minimum_cannot_hold_are_refused():
+    """Where a group's minimum is kept as it is, f16 holds less than seven steps of a scale do."""
+    far = torch.full((64, 128), -70000.0)
+    assert all(part.isfinite().all() for part in quantize(far, "u4b8g128"))
+    with pytest.raises(ValueError, match="u4mg128 holds finite weights up to 65504"):
+        quantize(far, "u4mg128")
+    codes, scales = quantize(far.clamp_min(-65504.0), "u4mg128")
+    assert dequantize(codes, scales, "u4mg128", torch.float32).eq(-65504).all()
