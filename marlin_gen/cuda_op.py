@@ -8,30 +8,24 @@ goes back as a tensor, the native op fails with that text, and ``raised`` finds 
 from __future__ import annotations
 
 import threading
-from functools import cache
 from typing import Any
 
 import torch
 
 from marlin_gen import native
 from marlin_gen.formats import FORMAT_CODES, LAYOUT_VERSION
+from marlin_gen.once import once
 from marlin_gen.op import ACT_DTYPES, ALIGNMENT, check_operands
 from marlin_gen.serve import Server
 
 FORMAT_NAMES = {code: name for name, code in FORMAT_CODES.items()}
 ROW_UNIT = ALIGNMENT // 2  # elements: kernels read rows of activations that are multiples of this apart
 _ERRORS = threading.local()
-_REGISTERING = threading.Lock()
 
 
+@once  # torch takes one implementation
 def direct() -> Any:
     """``gemm_no_grad`` (a, weight, scales, bias, format code) where there is a native launcher, else None."""
-    with _REGISTERING:  # torch takes one implementation, and threads may make their first calls at once
-        return _direct()
-
-
-@cache
-def _direct() -> Any:
     found = native.library()
     if found is None:
         return None

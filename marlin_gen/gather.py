@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from functools import cache
 
 import torch
 
 from marlin_gen import driver
 from marlin_gen.driver import LaunchError
+from marlin_gen.once import once
 from marlin_gen.shipped_ptx import ShippedPtx, shipped_ptx
 
 log = logging.getLogger("marlin_gen")
@@ -99,7 +99,7 @@ def grid(m: int, k: int) -> int:
     return -(-(k // COLUMNS) // THREADS) * -(-m // rows_per_block(m))
 
 
-@cache
+@once
 def _gather(device_index: int) -> Gather:
     return Gather(device_index, shipped_ptx())
 

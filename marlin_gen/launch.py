@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.driver import LaunchError
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LaunchShape
+from marlin_gen.once import once
 from marlin_gen.problem import Problem
 
 __all__ = ["Kernel", "LaunchError", "Launcher", "Workspace"]
 
 _MIN_LOCKS = 4096  # words of a stream's buffer: more than any kernel of today's GPUs needs
 _MAX_SHAPES = 4096  # launch shapes remembered per kernel: one per (plan, problem) seen
-_MAKING = threading.Lock()
 
 
 @dataclass
@@ -109,10 +108,10 @@ class Launcher:
         torch.cuda.synchronize(device_index)  # creates the context that modules are loaded into
 
     @classmethod
+    @once
     def for_device(cls, device_index: int) -> Launcher:
-        """The one launcher of a device, whichever thread asks first."""
-        with _MAKING:
-            return _launcher(device_index)
+        """The one launcher of a device."""
+        return cls(device_index)
 
     def load(
         self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None, ptx: str | None = None
@@ -193,8 +192,3 @@ class Launcher:
         stream = torch.cuda.current_stream(self.device_index).cuda_stream
         config = driver.launch_config(shape.grid, shape.threads, smem_bytes[dependent], shape.cluster, dependent)
         driver.launch(kernel.function, config, arguments, stream)
-
-
-@cache
-def _launcher(device_index: int) -> Launcher:
-    return Launcher(device_index)

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
-from functools import cache
 from pathlib import Path
 
 from marlin_gen import env, native_build
 from marlin_gen.families.base import OPERANDS, LaunchShape
 from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS
+from marlin_gen.once import once
 from marlin_gen.problem import Problem, words_per_tile
 
 log = logging.getLogger("marlin_gen")
 
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}
 MAX_OPERANDS, MAX_SCALARS = 12, 12
-_LOCK = threading.Lock()
 
 
 class FormatRecord(ctypes.Structure):
@@ -141,17 +139,12 @@ class Native:
         self._library.marlin_gen_set_test_stream(stream)
 
 
+@once
 def library() -> Native | None:
     """The launcher, loaded or built on the first call; None, for good, where Python has to do its job.
 
     Raises RuntimeError when MARLIN_GEN_LAUNCHER=native and there is none.
     """
-    with _LOCK:
-        return _library()
-
-
-@cache
-def _library() -> Native | None:
     wanted = env.launcher()
     if wanted == "python":
         return None

@@ -20,14 +20,13 @@ from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
 from marlin_gen.launch import Kernel, Launcher, LaunchError
 from marlin_gen.layout import PackedWeight
+from marlin_gen.once import once
 from marlin_gen.problem import Problem
 from marlin_gen.reference import dequantized_matmul
 from marlin_gen.shipped_ptx import shipped_ptx
 
 log = logging.getLogger("marlin_gen")
 
-_SERVERS: dict[int, Server] = {}
-_MAKING = threading.Lock()
 MAX_STEPS = 1 << 14  # problems remembered per device; far above the token counts a server meets
 
 
@@ -219,13 +218,10 @@ class Server:
         return KernelLocation(result.cubin, result.symbol)
 
 
+@once
 def _server(device_index: int) -> Server:
-    """The one server of a device, whichever thread asks first: a second one's locks would not be the first one's."""
-    if device_index not in _SERVERS:
-        with _MAKING:
-            if device_index not in _SERVERS:
-                _SERVERS[device_index] = new_server(device_index)
-    return _SERVERS[device_index]
+    """The one server of a device: a second one's locks would not be the first one's."""
+    return new_server(device_index)
 
 
 def new_server(device_index: int) -> Server:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import finish
 
 from marlin_gen.checkpoints import gguf
 from marlin_gen.checkpoints.quantized import QuantizedWeight
@@ -29,10 +30,7 @@ def write(path, tensors, endianess=library.GGUFEndian.LITTLE, **metadata):
             writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
     for name, (data, kind) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

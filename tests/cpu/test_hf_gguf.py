@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import finish
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -108,10 +109,7 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
         decoded = torch.from_numpy(library.quants.dequantize(data, kind))
         target.data = (as_halves(decoded, heads) if heads else decoded).half()
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     dense.tie_weights()
     return dense
 
@@ -266,10 +264,7 @@ def test_a_later_part_of_a_split_file_is_called_one(tmp_path):
     writer.kv_data[0].clear()
     writer.add_uint16("split.count", 2)
     writer.add_tensor("output_norm.weight", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ValueError, match="is one of 2 parts"):
         open_model(tmp_path / "a.gguf")
 
@@ -294,10 +289,7 @@ def test_unknown_tensors_and_architectures_are_refused(tmp_path):
     for key in ("block_count", "embedding_length", "attention.head_count"):
         writer.add_uint32(f"mamba.{key}", 1)
     writer.add_tensor("output_norm.weight", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ValueError, match="architecture 'mamba'; read so far: 'llama'"):
         open_model(tmp_path / "a.gguf")
 
