@@ -1,4 +1,7 @@
-"""Whether a table still tells the truth: a sample of its rows, timed again."""
+"""Whether a table still tells the truth: a sample of its rows, timed again beside cuBLAS.
+
+Cards of one kind differ by some per cent where power decides, and cuBLAS with them: what the two share is the card's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlin_gen.measurement import Measurement, Measurer
+from marlin_gen.driver import LaunchError
+from marlin_gen.measurement import Artifact, Baseline, Measurement, Measurer
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_row import TableRow
 
@@ -18,22 +22,31 @@ class Drift:
 
     row: TableRow
     now: Measurement | None
+    yardsticks: Baseline | None = None  # timed beside it
 
     @property
     def ratio(self) -> float | None:
         """Time now over the table's; None where nothing was timed."""
         return self.now.us / self.row.us if self.now and self.now.ok and self.now.us else None
 
+    @property
+    def cublas_ratio(self) -> float | None:
+        """cuBLAS' time now over what the table says of it; None where either is unknown."""
+        return self.yardsticks.cublas_us / self.row.cublas_us if self.yardsticks and self.row.cublas_us else None
+
     def fault(self, tolerance: float) -> str:
-        """What is wrong, in words; empty when the time is within ``tolerance`` (0.05: 5 %) or the intervals overlap."""
+        """What is wrong, in words. Empty while the intervals overlap, and where the row moved by no more than
+        ``tolerance`` (0.05: 5 %), be it by itself or beside cuBLAS.
+        """
         if self.now is None:
             return "not timed: the kernel is missing or damaged, or not in the recording"
         if self.ratio is None:
             return f"{self.now.status} {self.now.detail}".rstrip()
         low, high = self.now.us_low or self.now.us or 0.0, self.now.us_high or self.now.us or 0.0
-        if abs(self.ratio - 1) <= tolerance or not (high < self.row.us_low or low > self.row.us_high):
-            return ""
-        return "slower" if self.ratio > 1 else "faster"
+        beside = self.ratio / (self.cublas_ratio or 1)
+        if high < self.row.us_low and max(self.ratio, beside) < 1 - tolerance:
+            return "faster"
+        return "slower" if low > self.row.us_high and min(self.ratio, beside) > 1 + tolerance else ""
 
 
 def sample(rows: Sequence[TableRow], count: int, seed: int) -> list[TableRow]:
@@ -54,5 +67,13 @@ def measure(measurer: Measurer, table: DispatchTable, rows: Sequence[TableRow], 
         spec = row.specs(table.gpu)[0]
         cubin, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
         artifact = kernel.artifact(spec, cubin, scratch) if cubin and kernel else None
-        measured = measurer.finals(row.problem, [(artifact, row.plan)]) if artifact else []
-        yield Drift(row, measured[0] if measured else None)
+        yield _timed(measurer, row, artifact) if artifact else Drift(row, None)
+
+
+def _timed(measurer: Measurer, row: TableRow, artifact: Artifact) -> Drift:
+    entries = [(artifact, row.plan)]
+    try:
+        yardsticks, measured = measurer.compare(row.problem, entries)
+    except (LaunchError, ValueError):  # the kernel crashes, or a recording that has no yardsticks
+        yardsticks, measured = None, measurer.finals(row.problem, entries)
+    return Drift(row, measured[0] if measured else None, yardsticks)

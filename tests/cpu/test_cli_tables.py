@@ -14,7 +14,7 @@ from marlin_gen import env
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, find_tables
-from marlin_gen.measurement import Measurement
+from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, pack
 from marlin_gen.replay import FILE_NAME as RECORDING
@@ -243,7 +243,26 @@ def test_verify_reports_drift_and_damage(home, capsys):
     faults = [entry["fault"].split(":")[0] for entry in found["rows"]]
     assert faults == ["", "slower", "faster", "wrong", "not timed"]
     assert main(["verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", "--tolerance", "30"]) == 1
-    assert "5 rows timed again: 0.99x the table's time in the mean, 2 at fault" in capsys.readouterr().err
+    assert "5 rows timed again: 0.99x the table's time in the mean, cuBLAS -, 2 at fault" in capsys.readouterr().err
+
+
+def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):
+    """A row 8 % slower beside a cuBLAS that is 6 % slower has not drifted; beside one as fast as ever it has."""
+    rows = [row(4096, 4096, m, mma(16 * m), us=10.0) for m in (1, 2, 3, 4)]
+    tables.table(home / "t", rows)
+    log = MeasurementLog(home / "log", H100)
+    for r, us, cublas_us in zip(rows, (10.8, 10.8, 10.0, 10.8), (21.2, 20.0, 24.0, 24.0), strict=True):
+        log.final(Measurement(r.problem, r.plan, "ok", us, us - 0.1, us + 0.1, 2e-4))
+        log.baseline(Baseline(r.problem, 4.0, cublas_us))
+    log.close()
+    pack(home / "log", home / "r.gz")
+    verify = ("verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}")
+    found = said(capsys, *verify, code=1)
+    assert [entry["fault"] for entry in found["rows"]] == ["", "slower", "", ""]
+    assert [entry["cublas_ratio"] for entry in found["rows"]] == [1.06, 1.0, 1.2, 1.2]
+    assert found["cublas_mean_ratio"] == pytest.approx((1.06 * 1.2 * 1.2) ** 0.25)
+    assert main([*verify, "--tolerance", "10"]) == 0
+    assert "1.06x the table's time in the mean, cuBLAS 1.11x, 0 at fault" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
