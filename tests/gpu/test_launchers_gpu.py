@@ -197,3 +197,38 @@ def test_a_forked_child_is_told_what_to_do(launcher):
     child, parent = done.stdout.strip().splitlines()
     assert child.startswith("RuntimeError: marlin_gen.gemm was called on CUDA before this process was forked"), done
     assert parent == "True"
+
+
+FIRST = """
+import threading, torch, marlin_gen
+from marlin_gen.serve import Server
+weights = [torch.randn(n, k, device="cuda") * k**-0.5 for n, k in ((4096, 4096), (6144, 4096), (28672, 4096))]
+packed = [marlin_gen.pack(*marlin_gen.quantize(w)) for w in weights]
+inputs = [torch.randn(m, 4096, device="cuda").half() for m in (1, 16, 64, 256)]
+torch.cuda.synchronize()
+start, servers, found = threading.Barrier(16), [], []
+
+def work(i):
+    a, weight = inputs[i % 4], packed[i % 3]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        start.wait()
+        results = [marlin_gen.gemm(a, weight) for _ in range(20)]
+        torch.cuda.current_stream().synchronize()
+    found.append((i, results))
+    servers.append(Server.of(a.device))
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+wrong = [i for i, results in found for c in results
+         if not torch.equal(c, marlin_gen.gemm(inputs[i % 4], packed[i % 3]))]
+print(len(found), len(set(map(id, servers))), wrong)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["auto", "python"])
+def test_first_calls_of_many_threads_at_once(launcher):
+    """In a new process, where everything is made by whoever comes first: launchers, kernels, the buffers of locks."""
+    environment = os.environ | {"MARLIN_GEN_LAUNCHER": launcher}
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=80, env=environment)
+    assert done.stdout.strip() == "16 1 []", done
