@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
@@ -96,12 +96,7 @@ class MeasurementLog:
             # Unbuffered: a line that did not fit on the disk must not be tried again on closing.
             self._file: RawIOBase = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{path} is being written by another tune; wait for it to end, or name another log"
-                ) from None
+            lock(self._file, path)
             cut_torn_tail(self._file)
             self.recording = self._resume(gpu, versions or {})
         except BaseException:
@@ -170,6 +165,14 @@ class MeasurementLog:
                 line = line[self._file.write(line) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())
+
+
+def lock(log: IO[bytes] | RawIOBase, path: Path) -> None:
+    """Keep an open log to this process until it is closed; a ValueError while another writes it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another tune; wait for it to end, or name another log") from None
 
 
 def cut_torn_tail(file: RawIOBase) -> None:

@@ -169,6 +169,16 @@ def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys)
     assert "going on" not in capsys.readouterr().err
 
 
+def test_a_fresh_start_does_not_take_away_the_study_of_a_running_tune(recording, home, capsys):
+    running = MeasurementLog(home / "study" / "trials.jsonl", H100)
+    (home / "study" / "optuna.journal").write_text("")
+    assert tune(recording, "--study", str(home / "study"), "--fresh") == 2
+    assert "is being written by another tune" in capsys.readouterr().err
+    assert sorted(path.name for path in (home / "study").iterdir()) == ["optuna.journal", "trials.jsonl"]
+    running.close()
+    assert tune(recording, "--study", str(home / "study"), "--fresh") == 0
+
+
 def test_a_replayed_table_is_kept_away_from_those_that_dispatch_reads(recording, home, capsys):
     assert tune(recording) == 0
     assert (home / "data" / "marlin_gen" / "replayed" / H100.slug / "table.json").is_file()
