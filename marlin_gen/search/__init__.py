@@ -62,7 +62,8 @@ def tune(
         return KernelSpec(config, first.weight_format, first.act_dtype, gpu.arch.name)
 
     log = MeasurementLog(log_path, gpu, dict(versions or {}))
-    ahead = CompileAhead(spec_of, build or build_with_ninja())
+    build = build or build_with_ninja()
+    ahead = CompileAhead(spec_of, build)
     try:
         if log.recording.done and log.recording.baselines.keys() != set(problems):  # candidates are done for those only
             raise ValueError(f"{log_path} is of a tune of other problems; name another study, or start it afresh")
@@ -79,6 +80,8 @@ def tune(
             rounds = final_rounds(tuner)
         except KeyboardInterrupt:
             stopped = "interrupted"
+            ahead.close()  # what is on its way nobody waits for; the kernels found so far come from the cache
+            tuner.ahead = ahead = CompileAhead(spec_of, build)
         cells = results(tuner, rounds)
         solved = {cell.problem for cell in cells}
         return SearchResult(
