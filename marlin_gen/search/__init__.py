@@ -65,7 +65,8 @@ def tune(
     build = build or build_with_ninja()
     ahead = CompileAhead(spec_of, build)
     try:
-        if log.recording.done and log.recording.baselines.keys() != set(problems):  # candidates are done for those only
+        known, asked = log.recording.baselines.keys(), set(problems)
+        if not known <= asked or (log.recording.done and known != asked):  # candidates are done for those only
             raise ValueError(f"{log_path} is of a tune of other problems; name another study, or start it afresh")
         journal = Journal(study_path, space) if study_path else None
         seeds = {

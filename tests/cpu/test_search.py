@@ -317,6 +317,14 @@ def test_a_log_of_other_problems_is_refused(recording: Recording, tmp_path: Path
     assert run(recording, tmp_path).cells
 
 
+def test_a_log_of_more_problems_is_refused_before_it_is_written_to(recording: Recording, tmp_path: Path) -> None:
+    """Stopped before its first candidate it was once taken up with fewer problems, and what they cost refused later."""
+    assert run(recording, tmp_path, Counting(recording, stop_after=0)).interrupted
+    with pytest.raises(ValueError, match="log is of a tune of other problems; name another study"):
+        tune(CELLS[:2], Counting(recording), tmp_path / "log", options=OPTIONS, build=synthetic.build)
+    assert not load_recording(tmp_path / "log").done
+
+
 def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
     class Slow(Counting):
         def screen(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
