@@ -59,9 +59,11 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and not error.filename:  # of a full disk
+            error.filename = str(path)
         raise
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import tables
 from tables import A100, H100, mma, row
 
-from marlin_gen import env
+from marlin_gen import env, whole_files
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, find_tables
@@ -260,6 +263,17 @@ def test_verify_reports_drift_and_damage(home, capsys):
 def test_errors_are_one_line_and_name_the_value(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+
+
+def test_a_full_disk_is_said_with_the_file_that_did_not_fit(shipped, home, capsys, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_files.os, "fsync", full)
+    assert main(["merge", str(shipped.folder), "--out", str(home / "out")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"error: {home}/out/\S+\.cubin cannot be used \(No space left on device\)", said)
+    assert not [path for path in (home / "out").rglob("*.cubin*")]
 
 
 def test_a_file_that_is_no_archive_is_refused(home, capsys):
