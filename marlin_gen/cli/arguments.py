@@ -118,7 +118,7 @@ def only_kinds(format_words: str | None, dtype_words: str | None) -> Callable[[K
 def ranks(text: str) -> tuple[int, ...]:
     """``1,2,4`` to tensor-parallel degrees."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(f"--tp {text!r} is not a list of positive numbers of ranks; example: --tp 1,2")
     return tuple(dict.fromkeys(int(word) for word in words))
 
@@ -130,7 +130,7 @@ def token_counts(text: str) -> tuple[int, ...]:
     for position, word in enumerate(words):
         if word == "...":
             counts += _continued(counts, words[position + 1 :], text)
-        elif word.isdigit() and 0 < int(word) <= MAX_TOKENS:
+        elif word.isdecimal() and 0 < int(word) <= MAX_TOKENS:
             counts.append(int(word))
         else:
             raise ValueError(f"--tokens {text!r}: {word!r} is not one of 1 to {MAX_TOKENS}; example: 1,2,4,...,4096")
@@ -139,7 +139,7 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 def _continued(counts: list[int], rest: list[str], text: str) -> list[int]:
     good = len(counts) >= 2 and counts[-1] > counts[-2] and counts[-1] % counts[-2] == 0
-    if not good or not rest or not rest[0].isdigit() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
+    if not good or not rest or not rest[0].isdecimal() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
         raise ValueError(
             f"--tokens {text!r}: '...' needs two numbers before it, the second a multiple of the first, a larger one"
             " after it; example: 1,2,4,...,4096"

@@ -88,7 +88,9 @@ def test_the_default_tokens_are_the_thirteen_powers_of_two():
     assert arguments.token_counts(arguments.DEFAULT_TOKENS) == tuple(2**i for i in range(13))
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,x", "...,4", "1,...,4", "1,2,...", "4,2,...,8", "2,3,...,9", "999999"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "1,x", "...,4", "1,...,4", "1,2,...", "4,2,...,8", "2,3,...,9", "999999", "²"]
+)
 def test_bad_token_counts_are_quoted(text):
     with pytest.raises(ValueError, match="--tokens"):
         arguments.token_counts(text)
@@ -264,6 +266,7 @@ def test_doctor_says_what_a_replay_needs(capsys):
         (["tune", "--model", "tiny", "--device", "gpu"], "'gpu' is not auto"),
         (["tune", "--model", "tiny", "--device", "replay:b300"], "'b300'"),
         (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
+        (["tune", "--model", "llama-3.1-8b", "--tp", "²"], "--tp '²'"),
         (["render", "mma-what"], "'mma-what'"),
         (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),
         (["bench", "--model", "tiny", "--device", "replay:h100"], "on a GPU, which --device replay:h100 is not"),
