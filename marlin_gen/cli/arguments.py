@@ -169,7 +169,7 @@ def percent(option: str, text: str) -> float:
 
 def spec(text: str, arch: str) -> KernelSpec:
     """A spec key as it is; a config or plan key with the default format and activation type, for ``arch``."""
-    if re.search(r"-sm_\d+a?$", text):
+    if re.search(r"-(sm|compute)_\d+a?$", text):
         return KernelSpec.from_key(text)
     config = Plan.from_key(text).config if re.search(r"-r\d+$", text) else KernelConfig.from_key(text)
     return KernelSpec(config, DEFAULT_FORMAT, DEFAULT_DTYPE, arch)

@@ -111,6 +111,8 @@ def test_keys_of_all_three_kinds_name_the_same_kernel():
     spec = arguments.spec(f"{KEY}-u4b8g128-f16-sm_80", "sm_90a")
     assert spec.key == f"{KEY}-u4b8g128-f16-sm_80"
     assert arguments.spec(KEY, "sm_80") == arguments.spec(f"{KEY}-r8", "sm_80") == spec
+    ptx = arguments.spec(KEY, "compute_80")  # as `compile --arch compute_80` prints it
+    assert arguments.spec(ptx.key, "sm_90a") == ptx
 
 
 def test_model_and_shapes_add_up_without_repeats():
