@@ -38,17 +38,12 @@ class Proposal:
     problem: Problem | None = None
 
     def to_json(self) -> dict[str, Any]:
-        asked = {} if self.problem is None else _problem_json(self.problem)
-        return {"config": self.config.key, "source": self.source, **asked}
+        return {"config": self.config.key, "source": self.source, **(vars(self.problem) if self.problem else {})}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Proposal:
         problem = _problem(row) if "n" in row else None
         return cls(KernelConfig.from_key(row["config"]), row["source"], problem)
-
-
-def _problem_json(p: Problem) -> dict[str, Any]:
-    return {"n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype}
 
 
 def _problem(row: dict[str, Any]) -> Problem:
@@ -137,7 +132,7 @@ class MeasurementLog:
 
     def baseline(self, row: Baseline) -> None:
         times = {"read_floor_us": row.read_floor_us, "cublas_us": row.cublas_us}
-        self._append({"kind": "baseline", **_problem_json(row.problem), **times})
+        self._append({"kind": "baseline", **vars(row.problem), **times})
         self.recording.baselines[row.problem] = row
 
     def artifact(self, row: Artifact) -> None:
