@@ -239,6 +239,12 @@ def test_render_prints_exactly_the_source(capsys):
     assert capsys.readouterr().out == render(spec).text
 
 
+def test_compile_shows_a_folder_with_brackets_in_its_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", str(tmp_path / "x[v2][" / "v3]"))
+    assert main(["compile", KEY]) == 0
+    assert f"{tmp_path}/x[v2][/v3]/kernels/" in capsys.readouterr().out
+
+
 def test_compile_reports_what_the_compiler_made(capsys):
     assert main(["compile", "--json", KEY]) == 0
     report = json.loads(capsys.readouterr().out)

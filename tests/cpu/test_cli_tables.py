@@ -265,6 +265,14 @@ def test_errors_are_one_line_and_name_the_value(words, message, capsys):
     assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
 
 
+def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(shipped, home, capsys, monkeypatch):
+    """Rich takes [v2] for a style, and [/v2] for the end of one that never began."""
+    monkeypatch.chdir(home)  # a short path: long ones are folded
+    for name in ("[v2]", "x[/v2]"):
+        assert main(["merge", str(shipped.folder), "--out", name]) == 0
+        assert name in capsys.readouterr().out
+
+
 def test_a_full_disk_is_said_with_the_file_that_did_not_fit(shipped, home, capsys, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
