@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +214,23 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
 def squeezed(text):
     """Its lines, each run of blanks as one."""
     return [" ".join(line.split()) for line in text.splitlines()]
+
+
+ON_A_TERMINAL = """
+import sys
+sys.stdout.isatty = lambda: True
+from marlin_gen.cli.root import main
+sys.exit(main(["show", "--gpu", "h100", "--shapes", "4096x4096", "--format", "u4b8g128"]))
+"""
+
+
+def test_a_narrow_terminal_cuts_no_digits_off():
+    """Of 4096 tokens and 169.0 us Rich left "4" and "16": other numbers, without a mark."""
+    environment = {**os.environ, "COLUMNS": "40", "NO_COLOR": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", ON_A_TERMINAL], env=environment, capture_output=True, text=True)
+    lines = squeezed(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+    assert "n x k m us default cuBLAS floor gain vs cuBLAS roofline" in lines
+    assert any(re.match(r"4096 \d+\.\d+ ", line) for line in lines)
 
 
 def test_tables_are_whole_on_80_columns(capsys, monkeypatch):
