@@ -95,7 +95,6 @@ def tune(
             pairs=len(log.recording.measurements),
             seconds=time.monotonic() - started,
             stopped=stopped,
-            fractions={c.problem: tuner.roofline_us(c.problem) / c.winner.us for c in cells if c.winner.us},
         )
     finally:
         ahead.close()
