@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
@@ -165,6 +167,15 @@ def percent(option: str, text: str) -> float:
     if not found or float(found[1]) > 100:
         raise ValueError(f"{option} {text!r} is not a percentage of 0 to 100; examples: 3%, 0.5%")
     return float(found[1]) / 100
+
+
+def check_writable(folder: Path, words: str) -> None:
+    """Make the folder, which ``words`` named, where there is none. To be asked before long work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{words} cannot be written ({error.strerror}); name another folder") from None
 
 
 def spec(text: str, arch: str) -> KernelSpec:

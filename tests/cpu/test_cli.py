@@ -211,6 +211,15 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
 
 
+def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording, home, capsys, monkeypatch):
+    monkeypatch.setattr(gpus, "require_gpu", lambda device, why: H100)
+    monkeypatch.setattr(gpus, "measurer", lambda device: pytest.fail("measures"))
+    (home / "file").write_text("")
+    assert main(["bench", "--model", "tiny", "--tokens", "1", "--csv", str(home / "file" / "bench.csv")]) == 2
+    said = f"error: --csv {home}/file/bench.csv cannot be written (File exists); name another folder\n"
+    assert capsys.readouterr().err == said
+
+
 def squeezed(text):
     """Its lines, each run of blanks as one."""
     return [" ".join(line.split()) for line in text.splitlines()]
