@@ -75,11 +75,12 @@ def load_config(model: str) -> tuple[dict[str, Any], str]:
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds a {type(config).__name__}, not a model config (an object)")
         return config, str(path)
+    known = ", ".join(presets())
     if path.suffix == ".json" or "/" in model:
-        raise FileNotFoundError(f"no such file: {model}; give a Hugging Face config.json or a preset: {_preset_list()}")
+        raise FileNotFoundError(f"no such file: {model}; give a Hugging Face config.json or a preset: {known}")
     near = difflib.get_close_matches(model.lower(), presets(), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"unknown model preset {model!r}{hint} Presets: {_preset_list()}; or give a path to a config.json")
+    raise ValueError(f"unknown model preset {model!r}{hint} Presets: {known}; or give a path to a config.json")
 
 
 def layer_shapes(
@@ -156,7 +157,3 @@ def _split(value: int, tp: int, name: str, source: str) -> int:
     if value % tp:
         raise ValueError(f"{source}: {name}={value} does not divide over tp={tp} ranks; use a divisor of {value}")
     return value // tp
-
-
-def _preset_list() -> str:
-    return ", ".join(presets())
