@@ -104,7 +104,8 @@ def layer_shapes(
     intermediate = _field(config, "intermediate_size", source)
     heads = _field(config, "num_attention_heads", source)
     kv_heads = config.get("num_key_value_heads") or heads  # absent in configs older than grouped-query attention
-    head_dim = config.get("head_dim") or hidden // heads
+    gemma = str(config.get("model_type")).startswith("gemma")  # whose configs leave out what is the class's default
+    head_dim = config.get("head_dim") or (256 if gemma else hidden // heads)
 
     rank_heads = _split(heads, tp, "num_attention_heads", source)
     # With more ranks than kv heads each rank holds a copy of one.

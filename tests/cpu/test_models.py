@@ -41,6 +41,12 @@ def test_head_dim_of_the_config_wins_over_hidden_size_by_heads():
     assert (layers[1].n, layers[1].k) == (5120, 64 * 128)
 
 
+def test_gemma_3_12b_does_not_state_its_head_dim():
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = layer_shapes({"text_config": {**text, "model_type": "gemma3_text"}})
+    assert sizes(layers[:2]) == [((16 + 2 * 8) * 256, 3840), (3840, 16 * 256)]
+
+
 def test_shapes_of_several_tp_degrees_are_distinct():
     layers = model_shapes("llama-3.1-8b", (1, 2, 2))
     assert len(layers) == len(set(sizes(layers))) == 8
