@@ -63,6 +63,8 @@ def versions_of(measurer: Measurer) -> dict[str, str]:
     """What makes measured times incomparable when it changes."""
     compiler = find_toolchain()
     found = {"templates": templates_digest(), "compiler": f"{compiler.name} {compiler.version}"}
+    if folder := env.override_dir():
+        found["overrides"] = _digest([[path.name, path.read_text("utf-8")] for path in sorted(folder.glob("*.cu"))])
     if isinstance(measurer, ReplayMeasurer):
         return {**found, "recording": _digest(sorted(measurer.recording.versions.items()))}
     import torch

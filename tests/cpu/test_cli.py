@@ -177,6 +177,14 @@ def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys)
     assert "going on" not in capsys.readouterr().err
 
 
+def test_hand_edited_kernels_are_timed_anew_when_they_change(recording, home, capsys, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_OVERRIDE_DIR", str(home))
+    for text, goes_on in (("// a", False), ("// a", True), ("// b", False)):
+        (home / f"{KEY}-u8b128g128-f16-sm_90a.cu").write_text(text)
+        assert tune(recording, "--json") == 0
+        assert ("going on" in capsys.readouterr().err) == goes_on
+
+
 def test_a_fresh_start_does_not_take_away_the_study_of_a_running_tune(recording, home, capsys):
     running = MeasurementLog(home / "study" / "trials.jsonl", H100)
     (home / "study" / "optuna.journal").write_text("")
