@@ -34,7 +34,7 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option(help="Where to write; default: bench.csv, bench-<format>-<dtype>.csv by the table.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option("--sustained", help="Run one cell so many seconds.")] = None,
+    seconds: Annotated[float | None, typer.Option("--sustained", min=1, help="Run one cell so many seconds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Time the table's choices beside cuBLAS and the read floor, and write a CSV."""

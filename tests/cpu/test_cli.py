@@ -369,6 +369,7 @@ def test_unknown_options_are_usage_errors(capsys):
 
 @pytest.mark.parametrize("words", [
     ("compile", KEY, "--jobs", "-1"), ("tune", "--model", "tiny", "--jobs", "0"),
+    ("bench", "--model", "tiny", "--tokens", "1", "--sustained", "0"),
     ("tune", "--model", "tiny", "--seed", "-1"), ("tune", "--model", "tiny", "--seed", str(2**32)),
 ])  # fmt: skip
 def test_numbers_out_of_range_name_their_option(words, capsys):
