@@ -80,13 +80,15 @@ def tune(
             results.append(result)
             if result.interrupted:
                 break
-            if not json:
-                _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
-            if result.cells:  # at once, so that a later kind cannot lose it
-                table = _publish(result, measurer, target)
-                note(f"table: {table.folder}")
-                if record:
-                    pack(kept.log, target / recording_name(*kind))
+            try:
+                if result.cells:  # at once, so that neither a later kind nor a closed pipe can lose it
+                    table = _publish(result, measurer, target)
+                    note(f"table: {table.folder}")
+                    if record:
+                        pack(kept.log, target / recording_name(*kind))
+            finally:
+                if not json:
+                    _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
     if json:
         _print_json(results, table)
     if results[-1].interrupted:

@@ -195,6 +195,15 @@ def test_a_fresh_start_does_not_take_away_the_study_of_a_running_tune(recording,
     assert tune(recording, "--study", str(home / "study"), "--fresh") == 0
 
 
+def test_a_table_is_written_before_it_is_printed_to_a_closed_pipe(recording, home, monkeypatch):
+    def closed(*words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(console.out, "print", closed)
+    assert tune(recording, "--out", str(home / "out")) == 1
+    assert len(DispatchTable.load(home / "out" / H100.slug).rows) == 3
+
+
 def test_a_replayed_table_is_kept_away_from_those_that_dispatch_reads(recording, home, capsys):
     assert tune(recording) == 0
     assert (home / "data" / "marlin_gen" / "replayed" / H100.slug / "table.json").is_file()
