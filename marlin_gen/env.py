@@ -78,8 +78,12 @@ def user_data_dir() -> Path:
 
 def _xdg(variable: str, default: str) -> Path:
     base = os.environ.get(variable, "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / default) / "marlin_gen"
+    if os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+        return Path(base) / "marlin_gen"
+    try:
+        return Path.home() / default / "marlin_gen"
+    except RuntimeError:  # no HOME, and no entry in passwd: a container's arbitrary user
+        raise FileNotFoundError(f"this user has no home folder; set HOME, or {variable} to an absolute path") from None
 
 
 def nvcc() -> Path | None:

@@ -38,11 +38,7 @@ class Measurement:
         return self.status == "ok"
 
     def to_json(self) -> dict[str, Any]:
-        p = self.problem
-        row: dict[str, Any] = {
-            "n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype,
-            "plan": self.plan.key, "status": self.status,
-        }  # fmt: skip
+        row: dict[str, Any] = {**vars(self.problem), "plan": self.plan.key, "status": self.status}
         for name in ("us", "us_low", "us_high", "chained_us", "relative_error"):
             if getattr(self, name) is not None:
                 row[name] = getattr(self, name)

@@ -1,8 +1,8 @@
 """Which linear layers a model has: Hugging Face ``config.json`` (or a bundled preset) to n x k shapes.
 
 Dense decoders only (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3 and their like). Each layer of such a
-decoder has four products, with the projections that read the same activations fused:
-``qkv_proj``, ``o_proj``, ``gate_up_proj``, ``down_proj``. Under tensor parallelism the first of each pair
+decoder has four products, with the projections that read the same activations fused: ``qkv_proj``, ``o_proj``,
+``gate_up_proj`` (``up_proj`` where there is no gate), ``down_proj``. Under tensor parallelism the first of each pair
 splits its features (n), the second its inputs (k).
 """
 
@@ -23,8 +23,15 @@ _NOT_DENSE = {
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
+    "moe_num_experts": "a mixture of experts",
     "kv_lora_rank": "multi-head latent attention",
+    "global_head_dim": "heads of two sizes",
+    "per_layer_config": "layers of several sizes",
+    "hybrid_override_pattern": "layers of several kinds",
 }
+_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # of layer_types
+# Their up projection has no gate beside it; nothing else in a config.json says so.
+_UNGATED = {"apertus", "arcee", "gpt_neox", "jais2", "nemotron", "persimmon", "phi", "starcoder2"}
 
 
 class LayerShape(NamedTuple):
@@ -68,11 +75,12 @@ def load_config(model: str) -> tuple[dict[str, Any], str]:
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds a {type(config).__name__}, not a model config (an object)")
         return config, str(path)
+    known = ", ".join(presets())
     if path.suffix == ".json" or "/" in model:
-        raise FileNotFoundError(f"no such file: {model}; give a Hugging Face config.json or a preset: {_preset_list()}")
+        raise FileNotFoundError(f"no such file: {model}; give a Hugging Face config.json or a preset: {known}")
     near = difflib.get_close_matches(model.lower(), presets(), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"unknown model preset {model!r}{hint} Presets: {_preset_list()}; or give a path to a config.json")
+    raise ValueError(f"unknown model preset {model!r}{hint} Presets: {known}; or give a path to a config.json")
 
 
 def layer_shapes(
@@ -86,15 +94,18 @@ def layer_shapes(
     if tp < 1:
         raise ValueError(f"tp={tp} is not a positive number of ranks")
     config = config.get("text_config", config)  # multimodal models nest the decoder
-    for name, what in _NOT_DENSE.items():
-        if config.get(name):
-            raise ValueError(f"{source}: {name}={config[name]} means {what}; only dense decoder layers are derived,"
-                             " list the others with --shapes NxK,...")  # fmt: skip
+    found = [(name, config[name], what) for name, what in _NOT_DENSE.items() if config.get(name)]
+    others = set(config.get("layer_types") or config.get("layers_block_type") or ()) - _ATTENTION
+    found += [("layer_types", kind, "layers without plain attention") for kind in sorted(others)]
+    for name, value, what in found:
+        raise ValueError(f"{source}: {name}={value} means {what}; only dense decoder layers are derived,"
+                         " list the others with --shapes NxK,...")  # fmt: skip
     hidden = _field(config, "hidden_size", source)
     intermediate = _field(config, "intermediate_size", source)
     heads = _field(config, "num_attention_heads", source)
     kv_heads = config.get("num_key_value_heads") or heads  # absent in configs older than grouped-query attention
-    head_dim = config.get("head_dim") or hidden // heads
+    gemma = str(config.get("model_type")).startswith("gemma")  # whose configs leave out what is the class's default
+    head_dim = config.get("head_dim") or (256 if gemma else hidden // heads)
 
     rank_heads = _split(heads, tp, "num_attention_heads", source)
     # With more ranks than kv heads each rank holds a copy of one.
@@ -103,7 +114,9 @@ def layer_shapes(
     layers = [
         LayerShape("qkv_proj", (rank_heads + 2 * rank_kv_heads) * head_dim, hidden),
         LayerShape("o_proj", hidden, rank_heads * head_dim),
-        LayerShape("gate_up_proj", 2 * rank_intermediate, hidden),
+        LayerShape("up_proj", rank_intermediate, hidden)
+        if config.get("model_type") in _UNGATED
+        else LayerShape("gate_up_proj", 2 * rank_intermediate, hidden),
         LayerShape("down_proj", hidden, rank_intermediate),
     ]
     for layer in layers:
@@ -145,7 +158,3 @@ def _split(value: int, tp: int, name: str, source: str) -> int:
     if value % tp:
         raise ValueError(f"{source}: {name}={value} does not divide over tp={tp} ranks; use a divisor of {value}")
     return value // tp
-
-
-def _preset_list() -> str:
-    return ", ".join(presets())

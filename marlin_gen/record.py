@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
@@ -38,17 +38,12 @@ class Proposal:
     problem: Problem | None = None
 
     def to_json(self) -> dict[str, Any]:
-        asked = {} if self.problem is None else _problem_json(self.problem)
-        return {"config": self.config.key, "source": self.source, **asked}
+        return {"config": self.config.key, "source": self.source, **(vars(self.problem) if self.problem else {})}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Proposal:
         problem = _problem(row) if "n" in row else None
         return cls(KernelConfig.from_key(row["config"]), row["source"], problem)
-
-
-def _problem_json(p: Problem) -> dict[str, Any]:
-    return {"n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype}
 
 
 def _problem(row: dict[str, Any]) -> Problem:
@@ -96,12 +91,7 @@ class MeasurementLog:
             # Unbuffered: a line that did not fit on the disk must not be tried again on closing.
             self._file: RawIOBase = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{path} is being written by another tune; wait for it to end, or name another log"
-                ) from None
+            lock(self._file, path)
             cut_torn_tail(self._file)
             self.recording = self._resume(gpu, versions or {})
         except BaseException:
@@ -142,7 +132,7 @@ class MeasurementLog:
 
     def baseline(self, row: Baseline) -> None:
         times = {"read_floor_us": row.read_floor_us, "cublas_us": row.cublas_us}
-        self._append({"kind": "baseline", **_problem_json(row.problem), **times})
+        self._append({"kind": "baseline", **vars(row.problem), **times})
         self.recording.baselines[row.problem] = row
 
     def artifact(self, row: Artifact) -> None:
@@ -170,6 +160,14 @@ class MeasurementLog:
                 line = line[self._file.write(line) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())
+
+
+def lock(log: IO[bytes] | RawIOBase, path: Path) -> None:
+    """Keep an open log to this process until it is closed; a ValueError while another writes it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another tune; wait for it to end, or name another log") from None
 
 
 def cut_torn_tail(file: RawIOBase) -> None:
@@ -200,16 +198,15 @@ def pack(log: Path, recording: Path) -> None:
 
 
 def _parse(lines: list[bytes], path: Path) -> Recording:
-    rows = _rows(lines, path)
-    head = next(rows, None)
+    head, *rows = list(_rows(lines, path)) or [{}]
     if not isinstance(head, dict) or (head.get("kind"), head.get("schema")) != ("header", SCHEMA):
         raise ValueError(f"{path} is not a measurement log of schema {SCHEMA}; remove it, or name another")
     try:
         found = Recording(Gpu.from_json(head["gpu"]), dict(head["versions"]), head["protocol"])
         for row in rows:
             _take(row, found)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not ours
-        raise ValueError(f"{path} is damaged ({error!r}); remove it, or name another") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON, but not ours
+        raise ValueError(f"{path} is damaged, or of another version ({error!r}); remove it, or name another") from error
     return found
 
 

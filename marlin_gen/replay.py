@@ -56,10 +56,13 @@ class ReplayMeasurer:
                         f"the recording has nothing of {' '.join(kind)}; it has {', '.join(map(' '.join, kinds))}:"
                         " ask for one of them, or tune on a GPU"
                     )
-                known = sorted({(p.n, p.k) for p in self.recording.baselines if (p.weight_format, p.act_dtype) == kind})
+                known = sorted(p for p in self.recording.baselines if (p.weight_format, p.act_dtype) == kind)
+                tokens = ", ".join(str(p.m) for p in known if (p.n, p.k) == (problem.n, problem.k))
+                shapes = ", ".join(dict.fromkeys(f"{p.n}x{p.k}" for p in known))
                 raise ValueError(
-                    f"the recording has no n={problem.n} k={problem.k} m={problem.m}; it has the shapes"
-                    f" {', '.join(f'{n}x{k}' for n, k in known)}: ask for one of them, or tune on a GPU"
+                    f"the recording has no n={problem.n} k={problem.k} m={problem.m}; it has"
+                    f" {f'of that shape m = {tokens}' if tokens else f'the shapes {shapes}'}: ask for one of them, or"
+                    " tune on a GPU"
                 )
             yield self.recording.baselines[problem]
 

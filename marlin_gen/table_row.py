@@ -140,9 +140,7 @@ class TableRow:
 
     def to_json(self) -> dict[str, Any]:
         """Named fields in reading order. Times are rounded to a nanosecond."""
-        p = self.problem
-        row: dict[str, Any] = {"n": p.n, "k": p.k, "m": p.m, "weight_format": p.weight_format, "act_dtype": p.act_dtype}
-        row["plan"] = _plan_to_json(self.plan)
+        row: dict[str, Any] = {**vars(self.problem), "plan": _plan_to_json(self.plan)}
         row |= {name: round(getattr(self, name), 3) for name in ("us", "us_low", "us_high")}
         row["default_plan"] = _plan_to_json(self.default_plan) if self.default_plan else None
         for name in ("default_us", "cublas_us", "read_floor_us"):

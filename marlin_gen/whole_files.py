@@ -59,9 +59,11 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and not error.filename:  # of a full disk
+            error.filename = str(path)
         raise
 
 
@@ -99,20 +101,17 @@ def _acquire(handle: int, path: Path, kind: int, seconds: float) -> None:
             time.sleep(0.02)
 
 
-class naming:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
     """Turns a full disk into an error that names the file and says that what was written is kept."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"cannot write (disk or quota full: {os.strerror(error.errno)}); all earlier measurements are kept:"
-                " free some space and run the same command again",
-                str(self.path),
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"cannot write (disk or quota full: {os.strerror(error.errno)}); all earlier measurements are kept:"
+            " free some space and run the same command again",
+            str(path),
+        ) from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
@@ -118,7 +120,7 @@ def only_kinds(format_words: str | None, dtype_words: str | None) -> Callable[[K
 def ranks(text: str) -> tuple[int, ...]:
     """``1,2,4`` to tensor-parallel degrees."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(f"--tp {text!r} is not a list of positive numbers of ranks; example: --tp 1,2")
     return tuple(dict.fromkeys(int(word) for word in words))
 
@@ -130,7 +132,7 @@ def token_counts(text: str) -> tuple[int, ...]:
     for position, word in enumerate(words):
         if word == "...":
             counts += _continued(counts, words[position + 1 :], text)
-        elif word.isdigit() and 0 < int(word) <= MAX_TOKENS:
+        elif word.isdecimal() and 0 < int(word) <= MAX_TOKENS:
             counts.append(int(word))
         else:
             raise ValueError(f"--tokens {text!r}: {word!r} is not one of 1 to {MAX_TOKENS}; example: 1,2,4,...,4096")
@@ -139,7 +141,7 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 def _continued(counts: list[int], rest: list[str], text: str) -> list[int]:
     good = len(counts) >= 2 and counts[-1] > counts[-2] and counts[-1] % counts[-2] == 0
-    if not good or not rest or not rest[0].isdigit() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
+    if not good or not rest or not rest[0].isdecimal() or not counts[-1] < int(rest[0]) <= MAX_TOKENS:
         raise ValueError(
             f"--tokens {text!r}: '...' needs two numbers before it, the second a multiple of the first, a larger one"
             " after it; example: 1,2,4,...,4096"
@@ -167,9 +169,18 @@ def percent(option: str, text: str) -> float:
     return float(found[1]) / 100
 
 
+def check_writable(folder: Path, words: str) -> None:
+    """Make the folder, which ``words`` named, where there is none. To be asked before long work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{words} cannot be written ({error.strerror}); name another folder") from None
+
+
 def spec(text: str, arch: str) -> KernelSpec:
     """A spec key as it is; a config or plan key with the default format and activation type, for ``arch``."""
-    if re.search(r"-sm_\d+a?$", text):
+    if re.search(r"-(sm|compute)_\d+a?$", text):
         return KernelSpec.from_key(text)
     config = Plan.from_key(text).config if re.search(r"-r\d+$", text) else KernelConfig.from_key(text)
     return KernelSpec(config, DEFAULT_FORMAT, DEFAULT_DTYPE, arch)

@@ -34,7 +34,7 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option(help="Where to write; default: bench.csv, bench-<format>-<dtype>.csv by the table.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option("--sustained", help="Run one cell so many seconds.")] = None,
+    seconds: Annotated[float | None, typer.Option("--sustained", min=1, help="Run one cell so many seconds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Time the table's choices beside cuBLAS and the read floor, and write a CSV."""
@@ -46,6 +46,8 @@ def bench(
     choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
     folder = next((found.folder for found in dispatcher.tables if found.folder), Path())
     paths = {kind: csv or folder / benching.file_name(*kind) for kind in work.kinds}
+    path = next(iter(paths.values()))
+    arguments.check_writable(path.parent, f"--csv {path}")
 
     rows: list[BenchRow] = []
     failures = 0
@@ -66,7 +68,7 @@ def bench(
                         advance("")
         except BaseException:
             if rows:  # a whole earlier bench is not overwritten by a part of this one
-                partial = next(iter(paths.values())).with_suffix(".partial.csv")
+                partial = path.with_suffix(".partial.csv")
                 benching.write_csv(partial, rows)
                 note(f"stopped; the {len(rows)} of {len(entries)} cells measured are in {partial}")
             raise
@@ -75,8 +77,8 @@ def bench(
     written: dict[Path, list[BenchRow]] = {}
     for row in rows:
         written.setdefault(paths[_kind(row)], []).append(row)
-    for path, of_path in written.items():
-        benching.write_csv(path, of_path)
+    for to, of_path in written.items():
+        benching.write_csv(to, of_path)
     names = ", ".join(map(str, written))
     if json:
         print_json({"csv": names, "failures": failures, "rows": [vars(row) for row in rows]})

@@ -15,6 +15,7 @@ WIDTH = 100  # where the output is not a terminal
 
 # Results go to stdout; progress, notes and errors to stderr, so that a pipe gets results only.
 out = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=False)
+out.width = max(out.width, 80)  # a narrower terminal wraps the lines of tables; Rich would cut digits off
 err = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlight=False)
 
 

@@ -91,4 +91,4 @@ def _print(report: dict[str, Any]) -> None:
     )
     if report["rejected"]:
         out.print(f"  [yellow]not used: {report['rejected']}[/]")
-    out.print(f"  {report['directory']}", style="dim", soft_wrap=True)
+    out.print(f"  {report['directory']}", style="dim", markup=False, soft_wrap=True)

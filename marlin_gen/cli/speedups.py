@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group
 from rich.table import Table
 
 from marlin_gen import bench
@@ -43,7 +42,7 @@ def speedup_table(rows: Sequence[TableRow], gpu: Gpu, title: str = "") -> Table:
     return made
 
 
-def summary_table(rows: Sequence[TableRow], gpu: Gpu) -> Group | Table:
+def summary_table(rows: Sequence[TableRow], gpu: Gpu) -> Table:
     """Geometric means by regime over the rows whose yardsticks were measured."""
     lines = [
         (

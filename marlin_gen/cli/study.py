@@ -15,6 +15,7 @@ from marlin_gen import env
 from marlin_gen.cli.console import note
 from marlin_gen.measurement import Measurer
 from marlin_gen.problem import Problem
+from marlin_gen.record import lock
 from marlin_gen.replay import ReplayMeasurer
 from marlin_gen.toolchain import find_toolchain
 
@@ -48,9 +49,11 @@ def open_study(
         name = f"{kind}{measurer.gpu.slug}-{_digest([[vars(p) for p in problems], seed, dict(versions)])}"
         folder = env.user_data_dir() / "studies" / name
     study = Study(folder)
-    if fresh:
-        for path in (study.log, study.journal):
-            path.unlink(missing_ok=True)
+    if fresh and folder.is_dir():
+        with open(study.log, "ab") as log:
+            lock(log, study.log)  # or a running tune would lose what it has learnt
+            for path in (study.log, study.journal):
+                path.unlink(missing_ok=True)
     elif study.log.exists():
         note(f"going on with the study in {folder} (--fresh starts anew)")
     return study
@@ -60,6 +63,8 @@ def versions_of(measurer: Measurer) -> dict[str, str]:
     """What makes measured times incomparable when it changes."""
     compiler = find_toolchain()
     found = {"templates": templates_digest(), "compiler": f"{compiler.name} {compiler.version}"}
+    if folder := env.override_dir():
+        found["overrides"] = _digest([[path.name, path.read_text("utf-8")] for path in sorted(folder.glob("*.cu"))])
     if isinstance(measurer, ReplayMeasurer):
         return {**found, "recording": _digest(sorted(measurer.recording.versions.items()))}
     import torch

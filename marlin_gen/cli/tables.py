@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from marlin_gen import env
 from marlin_gen.cli.console import note, out, print_json, table, us
@@ -104,7 +105,7 @@ def _finish(done: Sequence[Taken], json: bool) -> None:
         print_json({"tables": [vars(taken) for taken in done]})
     else:
         columns = ("table", ">rows added", ">replaced", ">kept", ">damaged", ">kernels")
-        lines = ([taken.table, *(str(v) for v in list(vars(taken).values())[1:])] for taken in done)
+        lines = ([escape(taken.table), *(str(v) for v in list(vars(taken).values())[1:])] for taken in done)
         out.print(table("", columns, lines))
     if damaged := sum(taken.rows_damaged for taken in done):
         note(f"{damaged} rows were left out, as their kernels are missing or damaged; copy the table again")

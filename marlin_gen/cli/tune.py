@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -59,11 +58,7 @@ def tune(
         note(f"{title}: {work}")
         versions = study.versions_of(measurer)
         target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
-        try:  # now, not after the search
-            target.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=target).close()
-        except OSError as error:
-            raise ValueError(f"--out {to} cannot be written ({error.strerror}); name another folder") from None
+        arguments.check_writable(target, f"--out {to}")
         for number, kind in enumerate(work.kinds):
             problems = work.of(kind)
             options = TuneOptions(
@@ -85,13 +80,15 @@ def tune(
             results.append(result)
             if result.interrupted:
                 break
-            if not json:
-                _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
-            if result.cells:  # at once, so that a later kind cannot lose it
-                table = _publish(result, measurer, target)
-                note(f"table: {table.folder}")
-                if record:
-                    pack(kept.log, target / recording_name(*kind))
+            try:
+                if result.cells:  # at once, so that neither a later kind nor a closed pipe can lose it
+                    table = _publish(result, measurer, target)
+                    note(f"table: {table.folder}")
+                    if record:
+                        pack(kept.log, target / recording_name(*kind))
+            finally:
+                if not json:
+                    _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
     if json:
         _print_json(results, table)
     if results[-1].interrupted:

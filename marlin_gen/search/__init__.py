@@ -62,9 +62,11 @@ def tune(
         return KernelSpec(config, first.weight_format, first.act_dtype, gpu.arch.name)
 
     log = MeasurementLog(log_path, gpu, dict(versions or {}))
-    ahead = CompileAhead(spec_of, build or build_with_ninja())
+    build = build or build_with_ninja()
+    ahead = CompileAhead(spec_of, build)
     try:
-        if log.recording.done and log.recording.baselines.keys() != set(problems):  # candidates are done for those only
+        known, asked = log.recording.baselines.keys(), set(problems)
+        if not known <= asked or (log.recording.done and known != asked):  # candidates are done for those only
             raise ValueError(f"{log_path} is of a tune of other problems; name another study, or start it afresh")
         journal = Journal(study_path, space) if study_path else None
         seeds = {
@@ -79,6 +81,8 @@ def tune(
             rounds = final_rounds(tuner)
         except KeyboardInterrupt:
             stopped = "interrupted"
+            ahead.close()  # what is on its way nobody waits for; the kernels found so far come from the cache
+            tuner.ahead = ahead = CompileAhead(spec_of, build)
         cells = results(tuner, rounds)
         solved = {cell.problem for cell in cells}
         return SearchResult(
@@ -91,7 +95,6 @@ def tune(
             pairs=len(log.recording.measurements),
             seconds=time.monotonic() - started,
             stopped=stopped,
-            fractions={c.problem: tuner.roofline_us(c.problem) / c.winner.us for c in cells if c.winner.us},
         )
     finally:
         ahead.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelSpec
@@ -75,7 +75,6 @@ class SearchResult:
     pairs: int
     seconds: float  # of this session
     stopped: str  # why the search ended: "trials", "budget", "no progress", "space exhausted", "interrupted"
-    fractions: Mapping[Problem, float] = field(default_factory=dict)
 
     @property
     def interrupted(self) -> bool:

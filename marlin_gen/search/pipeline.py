@@ -28,7 +28,7 @@ class CompileAhead:
     """Batches in, one result per config out. Batches are compiled in the order given, one at a time."""
 
     def __init__(self, spec_of: Callable[[KernelConfig], KernelSpec], build: Build) -> None:
-        self._spec_of = spec_of
+        self.spec_of = spec_of
         self._build = build
         self._results: dict[KernelSpec, Future[Result]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -36,7 +36,7 @@ class CompileAhead:
 
     def submit(self, configs: Sequence[KernelConfig]) -> None:
         """Compile these in the background; those submitted before are not compiled again."""
-        specs = [spec for spec in map(self._spec_of, configs) if spec not in self._results]
+        specs = [spec for spec in map(self.spec_of, configs) if spec not in self._results]
         self._results.update({spec: Future() for spec in specs})
         if specs:
             self._thread.submit(self._run, specs)
@@ -44,7 +44,7 @@ class CompileAhead:
     def result(self, config: KernelConfig) -> Result:
         """Wait for one config. Raises what broke the compiler itself (a full disk, no toolchain)."""
         self.submit([config])
-        return self._results[self._spec_of(config)].result()
+        return self._results[self.spec_of(config)].result()
 
     def usable(self, config: KernelConfig) -> tuple[Artifact | None, str, str]:
         """(artifact, "ok", "") or (None, status, reason): a kernel that failed or is not worth launching."""

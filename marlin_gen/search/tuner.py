@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from marlin_gen.config import KernelConfig, KernelSpec, Plan
+from marlin_gen.config import KernelConfig, Plan
 from marlin_gen.cost_model import attainable_tflops, predict_us
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.defaults import default_plan
@@ -217,14 +217,10 @@ class Tuner:
         assert self.journal
         us = self.trials.us[self.candidates.index[config]]
         best = [self.roofline_us(p) / t for p, t in zip(self.problems, us, strict=True) if np.isfinite(t)]
-        kernel = self.log.recording.artifacts.get(self.spec_of(config).key, {})
+        kernel = self.log.recording.artifacts.get(self.ahead.spec_of(config).key, {})
         # Two attributes only: each is a synced write.
         attributes = {"status": status, "kernel": {**kernel, "problems_timed": len(best)}}
         self.journal.finish(config, max(best) if best else None, attributes)
-
-    def spec_of(self, config: KernelConfig) -> KernelSpec:
-        first = self.problems[0]
-        return KernelSpec(config, first.weight_format, first.act_dtype, self.measurer.gpu.arch.name)
 
     def roofline_us(self, problem: Problem) -> float:
         return problem.roofline_us(self.baselines[problem].read_floor_us, attainable_tflops(self.measurer.gpu))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +92,9 @@ def test_the_default_tokens_are_the_thirteen_powers_of_two():
     assert arguments.token_counts(arguments.DEFAULT_TOKENS) == tuple(2**i for i in range(13))
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,x", "...,4", "1,...,4", "1,2,...", "4,2,...,8", "2,3,...,9", "999999"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "1,x", "...,4", "1,...,4", "1,2,...", "4,2,...,8", "2,3,...,9", "999999", "²"]
+)
 def test_bad_token_counts_are_quoted(text):
     with pytest.raises(ValueError, match="--tokens"):
         arguments.token_counts(text)
@@ -109,6 +115,8 @@ def test_keys_of_all_three_kinds_name_the_same_kernel():
     spec = arguments.spec(f"{KEY}-u4b8g128-f16-sm_80", "sm_90a")
     assert spec.key == f"{KEY}-u4b8g128-f16-sm_80"
     assert arguments.spec(KEY, "sm_80") == arguments.spec(f"{KEY}-r8", "sm_80") == spec
+    ptx = arguments.spec(KEY, "compute_80")  # as `compile --arch compute_80` prints it
+    assert arguments.spec(ptx.key, "sm_90a") == ptx
 
 
 def test_model_and_shapes_add_up_without_repeats():
@@ -169,6 +177,33 @@ def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys)
     assert "going on" not in capsys.readouterr().err
 
 
+def test_hand_edited_kernels_are_timed_anew_when_they_change(recording, home, capsys, monkeypatch):
+    monkeypatch.setenv("MARLIN_GEN_OVERRIDE_DIR", str(home))
+    for text, goes_on in (("// a", False), ("// a", True), ("// b", False)):
+        (home / f"{KEY}-u8b128g128-f16-sm_90a.cu").write_text(text)
+        assert tune(recording, "--json") == 0
+        assert ("going on" in capsys.readouterr().err) == goes_on
+
+
+def test_a_fresh_start_does_not_take_away_the_study_of_a_running_tune(recording, home, capsys):
+    running = MeasurementLog(home / "study" / "trials.jsonl", H100)
+    (home / "study" / "optuna.journal").write_text("")
+    assert tune(recording, "--study", str(home / "study"), "--fresh") == 2
+    assert "is being written by another tune" in capsys.readouterr().err
+    assert sorted(path.name for path in (home / "study").iterdir()) == ["optuna.journal", "trials.jsonl"]
+    running.close()
+    assert tune(recording, "--study", str(home / "study"), "--fresh") == 0
+
+
+def test_a_table_is_written_before_it_is_printed_to_a_closed_pipe(recording, home, monkeypatch):
+    def closed(*words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(console.out, "print", closed)
+    assert tune(recording, "--out", str(home / "out")) == 1
+    assert len(DispatchTable.load(home / "out" / H100.slug).rows) == 3
+
+
 def test_a_replayed_table_is_kept_away_from_those_that_dispatch_reads(recording, home, capsys):
     assert tune(recording) == 0
     assert (home / "data" / "marlin_gen" / "replayed" / H100.slug / "table.json").is_file()
@@ -193,9 +228,35 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
 
 
+def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording, home, capsys, monkeypatch):
+    monkeypatch.setattr(gpus, "require_gpu", lambda device, why: H100)
+    monkeypatch.setattr(gpus, "measurer", lambda device: pytest.fail("measures"))
+    (home / "file").write_text("")
+    assert main(["bench", "--model", "tiny", "--tokens", "1", "--csv", str(home / "file" / "bench.csv")]) == 2
+    said = f"error: --csv {home}/file/bench.csv cannot be written (File exists); name another folder\n"
+    assert capsys.readouterr().err == said
+
+
 def squeezed(text):
     """Its lines, each run of blanks as one."""
     return [" ".join(line.split()) for line in text.splitlines()]
+
+
+ON_A_TERMINAL = """
+import sys
+sys.stdout.isatty = lambda: True
+from marlin_gen.cli.root import main
+sys.exit(main(["show", "--gpu", "h100", "--shapes", "4096x4096", "--format", "u4b8g128"]))
+"""
+
+
+def test_a_narrow_terminal_cuts_no_digits_off():
+    """Of 4096 tokens and 169.0 us Rich left "4" and "16": other numbers, without a mark."""
+    environment = {**os.environ, "COLUMNS": "40", "NO_COLOR": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", ON_A_TERMINAL], env=environment, capture_output=True, text=True)
+    lines = squeezed(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+    assert "n x k m us default cuBLAS floor gain vs cuBLAS roofline" in lines
+    assert any(re.match(r"4096 \d+\.\d+ ", line) for line in lines)
 
 
 def test_tables_are_whole_on_80_columns(capsys, monkeypatch):
@@ -223,6 +284,12 @@ def test_render_prints_exactly_the_source(capsys):
     assert main(["render", KEY, "--arch", "sm_80"]) == 0
     spec = KernelSpec.from_key(f"{KEY}-u4b8g128-f16-sm_80")
     assert capsys.readouterr().out == render(spec).text
+
+
+def test_compile_shows_a_folder_with_brackets_in_its_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", str(tmp_path / "x[v2][" / "v3]"))
+    assert main(["compile", KEY]) == 0
+    assert f"{tmp_path}/x[v2][/v3]/kernels/" in capsys.readouterr().out
 
 
 def test_compile_reports_what_the_compiler_made(capsys):
@@ -254,6 +321,7 @@ def test_doctor_says_what_a_replay_needs(capsys):
         (["tune", "--model", "tiny", "--device", "gpu"], "'gpu' is not auto"),
         (["tune", "--model", "tiny", "--device", "replay:b300"], "'b300'"),
         (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
+        (["tune", "--model", "llama-3.1-8b", "--tp", "²"], "--tp '²'"),
         (["render", "mma-what"], "'mma-what'"),
         (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),
         (["bench", "--model", "tiny", "--device", "replay:h100"], "on a GPU, which --device replay:h100 is not"),
@@ -310,6 +378,7 @@ def test_unknown_options_are_usage_errors(capsys):
 
 @pytest.mark.parametrize("words", [
     ("compile", KEY, "--jobs", "-1"), ("tune", "--model", "tiny", "--jobs", "0"),
+    ("bench", "--model", "tiny", "--tokens", "1", "--sustained", "0"),
     ("tune", "--model", "tiny", "--seed", "-1"), ("tune", "--model", "tiny", "--seed", str(2**32)),
 ])  # fmt: skip
 def test_numbers_out_of_range_name_their_option(words, capsys):

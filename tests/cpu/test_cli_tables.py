@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import tables
 from tables import A100, H100, mma, row
 
-from marlin_gen import env
+from marlin_gen import env, whole_files
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
 from marlin_gen.dispatch import Dispatcher, find_tables
@@ -279,6 +282,25 @@ def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):
 def test_errors_are_one_line_and_name_the_value(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+
+
+def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(shipped, home, capsys, monkeypatch):
+    """Rich takes [v2] for a style, and [/v2] for the end of one that never began."""
+    monkeypatch.chdir(home)  # a short path: long ones are folded
+    for name in ("[v2]", "x[/v2]"):
+        assert main(["merge", str(shipped.folder), "--out", name]) == 0
+        assert name in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_with_the_file_that_did_not_fit(shipped, home, capsys, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_files.os, "fsync", full)
+    assert main(["merge", str(shipped.folder), "--out", str(home / "out")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"error: {home}/out/\S+\.cubin cannot be used \(No space left on device\)", said)
+    assert not [path for path in (home / "out").rglob("*.cubin*")]
 
 
 def test_a_file_that_is_no_archive_is_refused(home, capsys):

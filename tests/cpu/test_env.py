@@ -33,6 +33,15 @@ def test_cache_and_data_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert env.cache_dir() == tmp_path / "here"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MARLIN_GEN_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for folder, variable in ((env.cache_dir, "XDG_CACHE_HOME"), (env.user_data_dir, "XDG_DATA_HOME")):
+        with pytest.raises(FileNotFoundError, match=f"no home folder; set HOME, or {variable} to an absolute path"):
+            folder()
+
+
 def test_choices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARLIN_GEN_LINEINFO", "yes")
     monkeypatch.setenv("MARLIN_GEN_LOG", "DEBUG")

@@ -41,6 +41,12 @@ def test_head_dim_of_the_config_wins_over_hidden_size_by_heads():
     assert (layers[1].n, layers[1].k) == (5120, 64 * 128)
 
 
+def test_gemma_3_12b_does_not_state_its_head_dim():
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = layer_shapes({"text_config": {**text, "model_type": "gemma3_text"}})
+    assert sizes(layers[:2]) == [((16 + 2 * 8) * 256, 3840), (3840, 16 * 256)]
+
+
 def test_shapes_of_several_tp_degrees_are_distinct():
     layers = model_shapes("llama-3.1-8b", (1, 2, 2))
     assert len(layers) == len(set(sizes(layers))) == 8
@@ -107,6 +113,33 @@ def test_heads_that_do_not_divide_name_the_field_and_tp():
 def test_a_mixture_of_experts_is_refused_by_name():
     with pytest.raises(ValueError, match=r"num_experts=128 means a mixture of experts"):
         layer_shapes({**LLAMA_8B, "num_experts": 128})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe_num_experts": 64}, "moe_num_experts=64 means a mixture of experts"),  # ERNIE 4.5, Aria
+        ({"global_head_dim": 512}, "global_head_dim=512 means heads of two sizes"),  # Gemma 4
+        ({"per_layer_config": {"05": {"head_dim": 512}}}, "per_layer_config=.* means layers of several sizes"),
+        ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern=.* means layers of several kinds"),  # Nemotron-H
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types=linear_attention"),  # Qwen3.5
+        ({"layers_block_type": ["mamba", "attention"]}, "layer_types=mamba"),
+    ],
+)
+def test_layers_that_are_not_those_of_a_plain_decoder_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        layer_shapes({"text_config": {**LLAMA_8B, **fields}})
+
+
+def test_windowed_attention_is_plain():
+    assert layer_shapes({**LLAMA_8B, "layer_types": ["sliding_attention", "full_attention"]}) == layer_shapes(LLAMA_8B)
+
+
+@pytest.mark.parametrize("model_type", ["arcee", "gpt_neox", "nemotron", "phi", "starcoder2"])
+def test_a_model_whose_mlp_has_no_gate_gets_the_up_projection_alone(model_type):
+    layers = {layer.name: (layer.n, layer.k) for layer in layer_shapes({**LLAMA_8B, "model_type": model_type})}
+    assert (layers["up_proj"], layers["down_proj"]) == ((14336, 4096), (4096, 14336))
+    assert "gate_up_proj" not in layers
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ def test_refuses_another_gpu_version_or_file(tmp_path: Path) -> None:
         load_recording(tmp_path / "other")
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("u4b8g128", "u3b8g128"), ("-m", "-x")])
+def test_what_another_version_wrote_is_told_with_the_file(tmp_path: Path, ours: str, theirs: str) -> None:
+    path = filled(tmp_path / "log")
+    path.write_text(path.read_text().replace(ours, theirs))
+    with pytest.raises(ValueError, match=rf"{path} is damaged, or of another version \(.*{theirs}.*; remove it"):
+        load_recording(path)
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     log = MeasurementLog(tmp_path / "log", synthetic.H100)
     with pytest.raises(ValueError, match="written by another tune"):

@@ -135,6 +135,8 @@ def test_answers_only_what_was_recorded() -> None:
     assert next(iter(measurer.baselines(cells))).problem == cells[0]
     with pytest.raises(ValueError, match="no n=64 k=128 m=1; it has the shapes 4096x4096"):
         list(measurer.baselines([Problem(64, 128, 1)]))
+    with pytest.raises(ValueError, match="no n=4096 k=4096 m=3; it has of that shape m = 1, 64: ask for one"):
+        list(measurer.baselines([Problem(4096, 4096, 3)]))
 
 
 def test_finds_recordings_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -208,6 +208,26 @@ def test_interrupt_keeps_what_was_found_and_resumes_to_the_same_end(recording: R
     assert load_recording(tmp_path / "broken/log").measurements == load_recording(tmp_path / "whole/log").measurements
 
 
+def test_an_interrupted_tune_does_not_wait_for_kernels_that_nobody_will_time(
+    recording: Recording, tmp_path: Path
+) -> None:
+    """Those of an earlier session's winners are asked for anew, behind two batches that are under way."""
+    run(recording, tmp_path, Counting(recording, stop_after=50))
+    cached = set(load_recording(tmp_path / "log").artifacts)
+    compiled: list[str] = []
+
+    def build(specs: Sequence[KernelSpec], on_done: Callable[[Result], None]) -> None:
+        for spec in specs:
+            if spec.key not in cached:
+                time.sleep(0.05)
+                compiled.append(spec.key)
+            synthetic.build([spec], on_done)
+
+    stopped = run(recording, tmp_path, Counting(recording, stop_after=0), build=build)
+    assert stopped.interrupted and stopped.cells and stopped.artifacts
+    assert len(compiled) < 8
+
+
 SLOW_TUNE = """
 import sys, time
 from pathlib import Path
@@ -295,6 +315,14 @@ def test_a_log_of_other_problems_is_refused(recording: Recording, tmp_path: Path
         with pytest.raises(ValueError, match="log is of a tune of other problems; name another study"):
             tune(others, ReplayMeasurer(recording), tmp_path / "log", options=OPTIONS, build=synthetic.build)
     assert run(recording, tmp_path).cells
+
+
+def test_a_log_of_more_problems_is_refused_before_it_is_written_to(recording: Recording, tmp_path: Path) -> None:
+    """Stopped before its first candidate it was once taken up with fewer problems, and what they cost refused later."""
+    assert run(recording, tmp_path, Counting(recording, stop_after=0)).interrupted
+    with pytest.raises(ValueError, match="log is of a tune of other problems; name another study"):
+        tune(CELLS[:2], Counting(recording), tmp_path / "log", options=OPTIONS, build=synthetic.build)
+    assert not load_recording(tmp_path / "log").done
 
 
 def test_stops_within_its_budget(recording: Recording, tmp_path: Path) -> None:
