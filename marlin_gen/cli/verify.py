@@ -44,7 +44,7 @@ def verify(
     if json:
         print_json({"table": slug, "mean_ratio": mean, "rows": [_as_json(one, allowed) for one in found]})
     else:
-        columns = ("n x k", ">m", "plan", ">table us", ">now us", ">ratio", "fault")
+        columns = ("problem", "plan", ">table us", ">now us", ">ratio", "fault")
         out.print(table(slug, columns, (_line(one, allowed) for one in found)))
         note(f"{len(found)} rows timed again: {times(mean)} the table's time in the mean, {len(faults)} at fault")
     if faults:
@@ -73,7 +73,8 @@ def _line(one: Drift, allowed: float) -> tuple[str, ...]:
     ratio = "-" if one.ratio is None else f"{one.ratio:.3f}"
     fault = one.fault(allowed)
     return (
-        f"{p.n}x{p.k}", str(p.m), one.row.plan.key, us(one.row.us), us(now), ratio, f"[red]{fault}[/]" if fault else ""
+        f"{p.n}x{p.k} m={p.m} {p.weight_format} {p.act_dtype}", one.row.plan.key, us(one.row.us), us(now), ratio,
+        f"[red]{fault}[/]" if fault else "",
     )  # fmt: skip
 
 
