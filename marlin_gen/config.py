@@ -30,7 +30,7 @@ class KernelConfig:
     num_stages: int  # depth of the shared-memory ring
     blocks_per_sm: int  # resident blocks the kernel is compiled for
     cluster_size: int  # blocks of a cluster; 1 = none
-    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: even k ranges, in order
+    partition: str  # tiles: whole tiles per block; clusterk: a cluster splits k; striped: even k ranges
     dequant: str  # exact: zero point and scale applied in registers; deferred: the scale to the fp32 sums of each group
     a_stages: int = 0  # depth of a ring of their own for activations; 0: they share the stages of weights
 

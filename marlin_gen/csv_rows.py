@@ -40,7 +40,7 @@ def read(path: Path, row_type: type[Row], what: str) -> list[Row]:
     """All rows; a ValueError that says that the file is not ``what``, or which line is wrong."""
     expected = columns_of(row_type)
     typed: Any = row_type
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:  # so that a line is named
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != expected:
             raise ValueError(f"{path} is not {what}: its columns are {reader.fieldnames}, expected {list(expected)}")

@@ -114,9 +114,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     if (largest := int(codes.max())) >= fmt.codes:
         raise ValueError(f"code {largest} does not fit {fmt.name}; its codes are 0 .. {fmt.codes - 1}")
 
-    blocks = codes.view(
-        n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2
-    )  # n64, row block, row half, g, k64, step, k half, t, parity
+    blocks = codes.view(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2)  # n64, row block, half, g, k64, step, k half, t, parity
     words = torch.zeros(
         n // 64, k // 64, 4, 8, 4, 4, fmt.bits // 4, dtype=torch.int32, device=codes.device
     )  # n64, k64, row block, g, t, step, word
@@ -157,9 +155,7 @@ def retyped(scales: torch.Tensor, weight_format: str, dtype: torch.dtype) -> tor
     found = scales.to(dtype)
     if format_row(weight_format).offset == "zeros" and dtype in SCALE_DTYPES and dtype != scales.dtype:
         terms, new = (each.view(*each.shape[:2], -1, 2, 2)[..., 1, :] for each in (scales, found))  # [.., row half]
-        size = terms.abs()
-        zeros = size - torch.where(size >= 1024, 1024, torch.where(size >= 128, 128, 64))
-        new.copy_(_terms(zeros.to(dtype), torch.arange(2, device=zeros.device) == 1))
+        new.copy_(_terms(_zeros(terms).to(dtype), torch.arange(2, device=terms.device) == 1))
     return found
 
 
@@ -188,9 +184,7 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     if not fmt.has_offsets:
         return codes.view(n, k), scales[..., 0]
     if fmt.offset == "zeros":
-        terms = scales[..., 1]
-        added = torch.where(terms > 0, 1024, 64) if terms.dtype == torch.float16 else 128
-        scales = torch.stack([scales[..., 0], terms.abs() - added], -1)
+        scales = torch.stack([scales[..., 0], _zeros(scales[..., 1])], -1)
     return codes.view(n, k), scales
 
 
@@ -213,6 +207,12 @@ def _terms(zeros: torch.Tensor, is_high: torch.Tensor) -> torch.Tensor:
     if zeros.dtype == torch.bfloat16:
         return -(128 + zeros)
     return torch.where(is_high, -(64 + zeros), 1024 + zeros)
+
+
+def _zeros(terms: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_terms``, in any type that they were cast to: their size tells what was added."""
+    size = terms.abs()
+    return size - torch.where(size >= 1024, 1024, torch.where(size >= 128, 128, 64))
 
 
 def check_scales(scales: torch.Tensor, n: int, k: int, fmt: WeightFormat) -> None:

@@ -198,12 +198,13 @@ def pack(log: Path, recording: Path) -> None:
 
 
 def _parse(lines: list[bytes], path: Path) -> Recording:
-    head, *rows = list(_rows(lines, path)) or [{}]
+    rows = list(_rows(lines, path))
+    head = rows[0] if rows else None
     if not isinstance(head, dict) or (head.get("kind"), head.get("schema")) != ("header", SCHEMA):
         raise ValueError(f"{path} is not a measurement log of schema {SCHEMA}; remove it, or name another")
     try:
         found = Recording(Gpu.from_json(head["gpu"]), dict(head["versions"]), head["protocol"])
-        for row in rows:
+        for row in rows[1:]:
             _take(row, found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON, but not ours
         raise ValueError(f"{path} is damaged, or of another version ({error!r}); remove it, or name another") from error

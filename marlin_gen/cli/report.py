@@ -14,7 +14,7 @@ from marlin_gen.cli.console import note
 def report(
     tuned: Annotated[Path | None, typer.Option(help="Folder of <gpu>/table.json; default: the shipped one.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    png: Annotated[Path | None, typer.Option(help="Also write each picture to DIR/<gpu>/<picture>.png.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write <gpu>/<picture>.png into this folder.")] = None,
 ) -> None:
     """Write the committed measurements as one self-contained HTML page."""
     from marlin_gen.report import data

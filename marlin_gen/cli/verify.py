@@ -47,7 +47,7 @@ def verify(
         rows_json = [_as_json(one, allowed) for one in found]
         print_json({"table": slug, "mean_ratio": mean, "cublas_mean_ratio": cublas, "rows": rows_json})
     else:
-        columns = ("n x k", ">m", "plan", ">table us", ">now us", ">ratio", ">cuBLAS", "fault")
+        columns = ("problem", "plan", ">table us", ">now us", ">ratio", ">cuBLAS", "fault")
         out.print(table(slug, columns, (_line(one, allowed) for one in found)))
         means = f"{times(mean)} the table's time in the mean, cuBLAS {times(cublas)}"
         note(f"{len(found)} rows timed again: {means}, {len(faults)} at fault")
@@ -81,7 +81,8 @@ def _line(one: Drift, allowed: float) -> tuple[str, ...]:
     now = one.now.us if one.now else None
     ratios = ["-" if ratio is None else f"{ratio:.3f}" for ratio in (one.ratio, one.cublas_ratio)]
     fault = f"[red]{found}[/]" if (found := one.fault(allowed)) else ""
-    return f"{p.n}x{p.k}", str(p.m), one.row.plan.key, us(one.row.us), us(now), *ratios, fault
+    problem = f"{p.n}x{p.k} m={p.m} {p.weight_format} {p.act_dtype}"
+    return problem, one.row.plan.key, us(one.row.us), us(now), *ratios, fault
 
 
 def _as_json(one: Drift, allowed: float) -> dict[str, object]:

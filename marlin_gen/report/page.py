@@ -134,7 +134,8 @@ def _cells(data: GpuData) -> str:
     legend = (
         "Spread: the width of the median's 95 % interval. Error: relative, Frobenius, against an fp32"
         " product of the same quantised weight. Floor: a plain read of the packed weight. Tile:"
-        " tokens x features of a block; warps: side by side along the features x splitting k."
+        " tokens x features of a block; warps: side by side along the features x splitting k; stages: of the ring, or"
+        " of a ring of weights + one of activations."
     )
     return "\n".join([title, *folds, f'<p class="soft">{legend}</p>'])
 
@@ -147,8 +148,8 @@ def _cell(cell: Cell, tflops: float) -> tuple[str, ...]:
         str(row.m), _us(row.us), f"{(row.us_high - row.us_low) / row.us:.1%}", _us(cell.default_us), _us(row.cublas_us),
         _us(row.read_floor_us), f"{row.speedup:.2f}", f"{row.roofline_fraction(tflops):.2f}",
         f"{row.relative_error:.1e}", c.family, f"{c.block_m} x {c.block_n}", str(c.block_k),
-        f"{c.warps_n} x {c.warps_k}", str(c.num_stages), str(c.blocks_per_sm), str(c.cluster_size), c.partition,
-        c.dequant, str(plan.raster),
+        f"{c.warps_n} x {c.warps_k}", f"{c.num_stages} + {c.a_stages}" if c.a_stages else str(c.num_stages),
+        str(c.blocks_per_sm), str(c.cluster_size), c.partition, c.dequant, str(plan.raster),
     )  # fmt: skip
 
 

@@ -136,7 +136,8 @@ def block(data: GpuData) -> Figure | None:
             (position + 0.2, "marlin_gen", [layer.us for layer in b.layers], f", {b.cublas_us / b.us:.2f}x"),
         ):
             for i, layer in enumerate(b.layers):
-                axes.barh(y, times[i], 0.36, left=sum(times[:i]), color=LAYER_COLOURS[layer.name])
+                colour = LAYER_COLOURS[layer.name]
+                axes.barh(y, times[i], 0.36, left=sum(times[:i]), color=colour, edgecolor=colour, linewidth=0.3)
             axes.text(sum(times) + 0.01 * longest, y, f"{sum(times):.0f} us{gain}", va="center")
             labels.append((y, whose))
         axes.text(0.005 * longest, position - 0.42, ", ".join(b.models), va="bottom", weight="bold")
@@ -162,7 +163,7 @@ def roofline(data: GpuData) -> Figure | None:
         row = cell.bench
         fraction = row.roofline_fraction(data.tflops)
         x, y = tokens.index(row.m), shapes.index((row.n, row.k))
-        axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colours(norm(fraction)), linewidth=0, aa=False)
+        axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colours(norm(fraction)), linewidth=0.5)  # no seams
         ink = "black" if norm(fraction) > 0.6 else "white"
         axes.text(x + 0.5, y + 0.5, f"{fraction:.2f}", ha="center", va="center", size=9, color=ink)
     axes.set_xticks([i + 0.5 for i in range(len(tokens))], [str(m) for m in tokens])
@@ -172,7 +173,7 @@ def roofline(data: GpuData) -> Figure | None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     scale = ScalarMappable(norm, colours)
-    figure.colorbar(scale, ax=axes, pad=0.01, aspect=3 * len(shapes), ticks=[LOWEST, 0.6, 0.8, HIGHEST], extend="min")
+    figure.colorbar(scale, ax=axes, pad=0.01, aspect=3 * len(shapes), ticks=[LOWEST, 0.6, 0.8, HIGHEST], extend="both")
     return figure
 
 

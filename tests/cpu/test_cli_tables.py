@@ -246,7 +246,9 @@ def test_verify_reports_drift_and_damage(home, capsys):
     faults = [entry["fault"].split(":")[0] for entry in found["rows"]]
     assert faults == ["", "slower", "faster", "wrong", "not timed"]
     assert main(["verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", "--tolerance", "30"]) == 1
-    assert "5 rows timed again: 0.99x the table's time in the mean, cuBLAS -, 2 at fault" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "5 rows timed again: 0.99x the table's time in the mean, cuBLAS -, 2 at fault" in shown.err
+    assert shown.out.count("u4b8g128") == 5, "a table has rows of several formats"
 
 
 def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):

@@ -93,6 +93,15 @@ def test_a_change_of_type_keeps_the_weight(weight_format, way, types):
     assert torch.equal(CHANGES[way](changed, types[0]).scales, own.scales), "and back"
 
 
+@pytest.mark.parametrize("weight_format", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_in_float32_unpacks_to_what_it_was_packed_of(weight_format, dtype):
+    codes, scales = every_zero(weight_format, dtype)
+    layer = QuantLinear.from_packed(marlin_gen.pack(codes, scales, weight_format)).float()
+    found = marlin_gen.unpack(layer.packed)
+    assert torch.equal(found[0], codes) and torch.equal(found[1], scales.float())
+
+
 def test_assigning_takes_the_type_of_what_is_assigned():
     state = QuantLinear.from_float(linear().bfloat16(), "u4zg64").state_dict()
     layer = QuantLinear(256, 128, weight_format="u4zg64")

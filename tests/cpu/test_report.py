@@ -147,6 +147,14 @@ def test_the_page_states_provenance_and_figures(folder):
         assert cell in text
 
 
+def test_kernels_that_differ_in_their_rings_alone_differ_in_the_page(folder):
+    plans = [f"wgmma-m256n128k64-w8x1-{rings}-b1-c1-tiles-exact-r8" for rings in ("s7", "s7a3", "s7a4")]
+    rows = [replace(bench_row(4096, 4096, m), config=plan) for m, plan in enumerate(plans, 1)]
+    write_csv(folder / "bench.csv", rows)
+    text = page.render(load(folder.parent))
+    assert [f"<td>{stages}</td>" in text for stages in ("7", "7 + 3", "7 + 4")] == [True] * 3
+
+
 def test_what_is_not_committed_is_one_sentence_with_its_command(folder):
     text = page.render(load(folder.parent))
     assert "<svg" not in text

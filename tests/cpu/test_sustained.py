@@ -35,6 +35,9 @@ def test_a_damaged_file_names_the_line(tmp_path):
     path.write_text(",".join(COLUMNS) + "\n1,2,3,cublas,later,1,,,\n")
     with pytest.raises(ValueError, match=r"line 2"):
         read_csv(path)
+    path.write_bytes(",".join(COLUMNS).encode() + b"\n1,2,\xb3,cublas,1,1,,,\n")
+    with pytest.raises(ValueError, match=r"sustained\.csv, line 2"):
+        read_csv(path)
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="columns"):
         read_csv(path)

@@ -345,7 +345,7 @@ def test_a_damaged_recording_is_refused_or_harmless(lines, packed, tmp_path):
         try:
             found = load_recording(path)
         except ValueError as error:
-            assert str(path) in str(error) or "damaged" in str(error) or error.args
+            assert str(path) in str(error)
             continue
         table = DispatchTable(H100, (), {})
         subset.options_of(table, [found] if H100.same_class(found.gpu) else [], set())

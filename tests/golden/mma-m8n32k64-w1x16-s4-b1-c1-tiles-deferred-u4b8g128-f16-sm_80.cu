@@ -27,7 +27,7 @@ struct Config {
   static constexpr bool kHasLifts = true;
   __host__ __device__ static constexpr int scale_rows(int k) { return k / kGroupSize + kHasLifts; }  // see formats.py
 
-  // What the host decided: asserted below against what the kernel needs.
+  // What the host decided. Threads and shared memory are asserted below against what the kernel needs.
   static constexpr int kThreads = 512;
   static constexpr int kSmemBytes = 157696;
   static constexpr int kMaxRegisters = 128;

@@ -27,7 +27,7 @@ struct Config {
   static constexpr bool kHasLifts = true;
   __host__ __device__ static constexpr int scale_rows(int k) { return k / kGroupSize + kHasLifts; }  // see formats.py
 
-  // What the host decided: asserted below against what the kernel needs.
+  // What the host decided. Threads and shared memory are asserted below against what the kernel needs.
   static constexpr int kThreads = 256;
   static constexpr int kSmemBytes = 133312;
   static constexpr int kMaxRegisters = 255;
@@ -37,7 +37,7 @@ struct Config {
 // The wgmma family (sm_90a): C[m, n] = A[m, k] * dequantize(B)[n, k]^T, computed transposed, so that weights are the register operand.
 //
 // A producer thread fills a ring of stages by TMA: activations as swizzled boxes, packed weights and scales as linear copies. Where
-// two warpgroups empty one ring by turns, two threads fill it, one with weights and one with activations.
+// warpgroups along k empty one ring by turns, two threads fill it, one with weights and one with activations.
 // Activations may have a ring of their own (kOwnRing): weights are free again once they are decoded, activations only when they are
 // multiplied, and are the larger part of a stage.
 // Consumer warpgroups take weights from shared memory to registers, decode them there and multiply; the next

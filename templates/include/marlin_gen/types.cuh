@@ -13,7 +13,7 @@ using u64 = unsigned long long;
 enum class Partition {
   kTiles,     // a block computes whole tiles
   kClusterk,  // the blocks of a cluster split k and meet in distributed shared memory
-  kStriped    // every block takes an equal range of k blocks; split tiles are summed in a fixed order
+  kStriped    // up to two waves of tiles: every block takes an equal range of their k blocks; split ones are summed in a fixed order
 };
 
 // When the zero point and the scale are applied (KernelConfig.dequant).
