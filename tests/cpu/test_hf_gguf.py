@@ -72,7 +72,7 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
     fields = {"block_count": LAYERS, "embedding_length": HIDDEN, "feed_forward_length": INNER, "context_length": 128,
               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": 64,
               "vocab_size": vocabulary, **changes}  # fmt: skip
-    adds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    adds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     for key, value in fields.items():
         adds[type(value)](key if key.startswith("split.") else f"llama.{key}", value)
     if bias:
@@ -240,6 +240,9 @@ def test_another_model_than_its_metadata_say_is_refused(tmp_path, changes, says)
         ({"without": ["output_norm.weight"]}, "has no tensor 'output_norm.weight'"),
         ({"split.count": 2}, "a.gguf is one of 2 parts: merge it with llama-gguf-split --merge"),
         ({"bias": "blk.0.attn_q.bias"}, r"tensor 'blk.0.attn_q.bias' is not one of a plain llama model; with biases"),
+        ({"attention.head_count": [9, 9]}, r"has heads layer by layer, \[9, 9\], which is not read"),
+        ({"attention.head_count_kv": [3, 3]}, "has kv_heads layer by layer"),
+        ({"feed_forward_length": [1536, 1536]}, "has intermediate_size layer by layer"),
         ({"rope.scaling.type": "yarn"}, "scales its rotary frequencies"),
         ({"rope.scale_linear": 4.0}, r"scales its rotary frequencies .*'scale_linear': 4.0"),
     ],
