@@ -153,7 +153,7 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         version = state_dict.get(f"{prefix}layout_version")
-        if version is not None and int(version) != LAYOUT_VERSION:
+        if version is not None and not version.is_meta and int(version) != LAYOUT_VERSION:
             error_msgs.append(f"{prefix}weight: {_version_error(int(version))}")
             return
         if (saved := local_metadata.get("weight_format", self.weight_format)) != self.weight_format:
