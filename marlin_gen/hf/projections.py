@@ -19,7 +19,7 @@ class _Results(threading.local):
     """What the calling thread's last product left to be asked for: none gets another's. Copies are empty."""
 
     def __init__(self) -> None:
-        self.parts: dict[int, torch.Tensor] = {}
+        self.parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what it is of
 
     def __reduce__(self) -> tuple[type[_Results], tuple[()]]:
         return _Results, ()
@@ -35,7 +35,7 @@ class FusedProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[torch.Tensor] = list(self.linear(x).split(self.sizes, dim=-1))
-        self.results.parts = dict(enumerate(parts[1:], start=1))
+        self.results.parts = {index: (x, part) for index, part in enumerate(parts[1:], start=1)}
         return parts[0]
 
 
@@ -48,8 +48,8 @@ class LaterProjection(nn.Module):
         self.index, self.name = index, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._fused[0].results.parts.pop(self.index, None)
-        if found is None or found.shape[:-1] != x.shape[:-1]:
+        of, found = self._fused[0].results.parts.pop(self.index, (None, None))
+        if found is None or of is not x:  # as in cross-attention
             before = "the projection before it, which was not called with this input"
             raise RuntimeError(f"{self.name} is fused with {before}")
         return found

@@ -61,6 +61,16 @@ def test_a_later_projection_alone_is_an_error():
         made.model.layers[0].mlp.up_proj(torch.zeros(1, 256).half())
 
 
+def test_a_later_projection_of_another_input_is_an_error():
+    """Of the same shape too, as in cross-attention: it would get the first one's keys."""
+    attention = model().model.layers[0].self_attn
+    fuse(attention)
+    one, two = torch.randn(2, 3, 256).half()
+    attention.q_proj(one)
+    with pytest.raises(RuntimeError, match="k_proj is fused with the projection before it, which was not called with"):
+        attention.k_proj(two)
+
+
 @torch.inference_mode()
 def test_threads_do_not_get_one_another_s_results():
     made = model()
@@ -72,7 +82,7 @@ def test_threads_do_not_get_one_another_s_results():
     with ThreadPoolExecutor(1) as other:
         other.submit(attention.q_proj, two).result()
         assert torch.equal(attention.k_proj(one), key)
-        left = other.submit(lambda: weakref.ref(attention.q_proj.results.parts[1])).result()
+        left = other.submit(lambda: weakref.ref(attention.q_proj.results.parts[1][1])).result()
         assert left() is not None
     gc.collect()
     assert left() is None, "what a thread never asked for goes with it"
