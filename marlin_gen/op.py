@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION
+from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.gather_op import in_order
 from marlin_gen.problem import SIZE_UNIT, words_per_tile
@@ -106,10 +106,7 @@ def check_operands(
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
     if layout_version != LAYOUT_VERSION:
-        raise ValueError(
-            f"layout_version={layout_version} is not {LAYOUT_VERSION};"
-            " pack the original weight again with this marlin_gen"
-        )
+        raise ValueError(version_error(layout_version))
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
         raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it, for instance with a.half()")
