@@ -97,7 +97,7 @@ def undo_permutation(
     rows = tensor.n if isinstance(tensor, QuantizedWeight) else len(tensor)
     if rows % (2 * count):
         raise ValueError(f"tensor {name!r} has {rows} rows, which {count} heads of an even size do not make")
-    order = torch.arange(rows).view(count, -1, 2).transpose(1, 2).flatten()
+    order = torch.arange(rows, device="cpu").view(count, -1, 2).transpose(1, 2).flatten()
     return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.rows(order)
 
 

@@ -167,6 +167,16 @@ def test_logits_and_text_are_those_of_the_dequantised_weights(smol):
     assert greedy(model, IDS) == greedy(dense, IDS)
 
 
+def test_another_default_device_does_not_matter(smol):
+    """As after torch.set_default_device("cuda")."""
+    for one in open_model(smol[0])[1]:
+        if one.name.endswith("q_proj.weight"):
+            expected = one.read()
+            with torch.device("meta"):
+                found = one.read()
+            assert torch.equal(found.codes, expected.codes) and torch.equal(found.minima, expected.minima)
+
+
 def test_rows_that_are_not_put_back_are_another_model(smol, monkeypatch):
     path, dense = smol
     monkeypatch.setattr("marlin_gen.checkpoints.gguf_llama.undo_permutation", lambda name, tensor, *heads: tensor)
