@@ -41,9 +41,9 @@ def quantize_model(
 
     ``skip``: names of layers, or of anything above them, to leave: whole ("model.layers.0.mlp"), the last part
     ("lm_head", "router"), or with wildcards ("*.layers.0.*"). Also left, with the reason in the result: subclasses
-    of Linear, layers with hooks, those of an ``nn.TransformerEncoderLayer``, layers of other than 16- and 32-bit
-    floats, weights that two modules share (an lm_head tied to the embedding), and sizes that the layout cannot hold.
-    A layer that occurs twice is replaced in both places by one.
+    of Linear, layers with hooks, those of an ``nn.TransformerEncoderLayer`` or that a model of transformers keeps in
+    float32, layers of other than 16- and 32-bit floats, weights that two modules share (an lm_head tied to the
+    embedding), and sizes that the layout cannot hold. A layer that occurs twice is replaced in both places by one.
 
     Layers are for activations in bfloat16 where they were of that type, else in float16: convert the rest of the model
     to that type, first or after. Raises ValueError for an unknown format, for a
@@ -57,6 +57,8 @@ def quantize_model(
     patterns = tuple(skip)
     found = Replacements(weight_format)
     owners = _owners(model)
+    # Of transformers' models: such a layer's activations are float32, or cast to its weight's type (T5's wo).
+    kept = [one for key in ("", "_strict") for one in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()]
     made: dict[int, QuantLinear] = {}
     for name, linear in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(linear, nn.Linear):
@@ -65,6 +67,8 @@ def quantize_model(
         reason = _skip_reason(name, linear, patterns, owners)
         if reason is None and isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
             reason = "is read by its TransformerEncoderLayer, past its forward"
+        if reason is None and any(f".{one}." in f".{name}.weight." for one in kept):
+            reason = "is one that its model keeps in float32"
         if reason is None and id(linear) not in made:
             try:
                 made[id(linear)] = QuantLinear.from_float(linear, weight_format)

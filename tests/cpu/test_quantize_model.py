@@ -136,6 +136,22 @@ def test_a_transformer_encoder_runs_on():
         assert 0 < (made(x) - expected).norm() / expected.norm() < 0.12
 
 
+def test_what_a_model_of_transformers_keeps_in_float32_is_left():
+    """T5 casts activations to the type of wo's weight, which is no float in a QuantLinear."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=128, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
+    made = transformers.T5EncoderModel(config).half().eval()
+    expected = made(IDS).last_hidden_state
+    found = quantize_model(made)
+    assert len(found.replaced) == 2 * 5
+    assert set(found.skipped.values()) == {"is one that its model keeps in float32"}
+    assert 0 < (made(IDS).last_hidden_state - expected).norm() / expected.norm() < 0.3
+
+    made = model()
+    made._keep_in_fp32_modules_strict = ["0.up.weight", "layers.2", "own"]
+    assert quantize_model(made).replaced == ["layers.0.down", "layers.1.up"]
+
+
 def test_errors_name_the_layer_or_the_argument():
     with pytest.raises(ValueError, match="unknown weight format 'u3'"):
         quantize_model(model(), "u3")
