@@ -54,6 +54,17 @@ def test_layers_that_differ_are_left_alone():
     assert fuse(made) == ["model.layers.1.mlp.gate_proj+up_proj"]
 
 
+@torch.inference_mode()
+def test_layers_with_hooks_are_left_alone():
+    made, tokens = model(), torch.randint(0, 128, (2, 9))
+    attention, mlp = made.model.layers[0].self_attn, made.model.layers[1].mlp
+    attention.k_proj.register_forward_hook(lambda module, arguments, result: result * 2)
+    mlp.up_proj.register_forward_pre_hook(lambda module, arguments: arguments[0] * 2)
+    before = made(tokens).logits
+    assert fuse(made) == ["model.layers.0.mlp.gate_proj+up_proj", "model.layers.1.self_attn.q_proj+k_proj+v_proj"]
+    assert torch.allclose(made(tokens).logits, before, atol=2e-3)
+
+
 def test_a_later_projection_alone_is_an_error():
     made = model()
     fuse(made)
