@@ -85,11 +85,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedWeight:
         tensors = {name: getattr(self, name) for name in ("weight", "scales", "order")}
-        moved = {
-            name: tensor.to(device=device, non_blocking=non_blocking)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+        moved = {name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items() if one is not None}
         return replace(self, **moved)
 
 
