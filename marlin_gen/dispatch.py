@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -47,7 +48,7 @@ from marlin_gen.families.defaults import default_plan, ptx_plan
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
-from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
 from marlin_gen.table_index import TableIndex, rejected, shape_of, speaks_for
 from marlin_gen.table_row import TableRow
 
@@ -197,7 +198,13 @@ def find_tables() -> list[DispatchTable]:
     Raises FileNotFoundError when MARLIN_GEN_TABLE holds none.
     """
     explicit = env.table_dir()
-    tables = tables_below(explicit) if explicit else tables_below(env.user_data_dir() / "tuned")
+    try:
+        tables = tables_below(explicit or env.user_data_dir() / "tuned")
+    except OSError as error:  # as in a container whose HOME is another user's
+        if explicit:
+            raise
+        warnings.warn(f"no table of this user is used: {error}", TableWarning, stacklevel=2)
+        tables = []
     if explicit and not tables and not any(_table_folders(explicit)):
         raise FileNotFoundError(f"MARLIN_GEN_TABLE={explicit} holds no {FILE_NAME}; name a folder that tune wrote")
     return tables + tables_below(env.tuned_dir())

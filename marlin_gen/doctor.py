@@ -184,7 +184,7 @@ def _recordings() -> Finding:
 
 def _cache() -> Finding:
     folder = env.cache_dir()
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     fix = "set MARLIN_GEN_CACHE_DIR to a folder you can write"
     if not os.access(above, os.W_OK):
         return Finding("cache folder", False, f"{folder} cannot be written", fix, ("tune", "replay"))

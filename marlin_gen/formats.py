@@ -112,6 +112,11 @@ def kind_suffix(weight_format: str, act_dtype: str) -> str:
     return "" if is_default else f"-{weight_format}-{act_dtype}"
 
 
+def version_error(version: int) -> str:
+    """What is wrong with a weight in the layout of another ``version``."""
+    return f"layout_version={version} is not {LAYOUT_VERSION}; pack the original weight again with this marlin_gen"
+
+
 def weight_format(name: str) -> WeightFormat:
     """The row called ``name``; a ValueError that lists the rows when there is none."""
     if name not in FORMATS:

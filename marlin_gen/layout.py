@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from marlin_gen.formats import DEFAULT_FORMAT, DTYPES, LAYOUT_VERSION, WeightFormat
+from marlin_gen.formats import DEFAULT_FORMAT, DTYPES, LAYOUT_VERSION, WeightFormat, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.problem import SIZE_UNIT, check_shape
 
@@ -85,11 +85,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedWeight:
         tensors = {name: getattr(self, name) for name in ("weight", "scales", "order")}
-        moved = {
-            name: tensor.to(device=device, non_blocking=non_blocking)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+        moved = {name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items() if one is not None}
         return replace(self, **moved)
 
 
@@ -166,10 +162,7 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """
     fmt = format_row(packed.weight_format)
     if packed.layout_version != LAYOUT_VERSION:
-        raise ValueError(
-            f"layout_version={packed.layout_version} is not {LAYOUT_VERSION};"
-            " pack the original weight again with this marlin_gen"
-        )
+        raise ValueError(version_error(packed.layout_version))
     n, k = packed.n, packed.k
     words = packed.weight.view(n // 64, k // 64, 4, fmt.bits // 4, 8, 4, 16 // fmt.bits, fmt.bits // 4)
     words = words.permute(0, 1, 2, 4, 5, 3, 6, 7).reshape(n // 64, k // 64, 4, 8, 4, 4, fmt.bits // 4)

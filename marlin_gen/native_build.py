@@ -87,7 +87,7 @@ def cached(folder: Path) -> Path:
 def candidates() -> list[Path]:
     """The libraries that may be there already, the one that came with the package first."""
     folder = env.native_dir()
-    return [path for path in (folder / LIBRARY, carried(folder), cached(folder)) if path.is_file()]
+    return [path for path in (folder / LIBRARY, carried(folder), cached(folder)) if os.path.isfile(path)]
 
 
 def carried(folder: Path) -> Path:

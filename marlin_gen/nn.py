@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION
+from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.layout import SCALE_DTYPES, PackedWeight, pack, retyped
 from marlin_gen.op import gemm
@@ -69,7 +69,7 @@ class QuantLinear(nn.Module):
         has_order = packed.order is not None
         layer = cls(packed.k, packed.n, bias is not None, packed.weight_format, "meta", packed.dtype, has_order)
         if packed.layout_version != LAYOUT_VERSION:
-            raise ValueError(_version_error(packed.layout_version))
+            raise ValueError(version_error(packed.layout_version))
         layer.weight, layer.scales, layer.order = packed.weight, packed.scales, packed.order
         layer.layout_version = torch.tensor(LAYOUT_VERSION, dtype=torch.int32, device=packed.device)
         if bias is not None:
@@ -153,8 +153,8 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         version = state_dict.get(f"{prefix}layout_version")
-        if version is not None and int(version) != LAYOUT_VERSION:
-            error_msgs.append(f"{prefix}weight: {_version_error(int(version))}")
+        if version is not None and not version.is_meta and int(version) != LAYOUT_VERSION:
+            error_msgs.append(f"{prefix}weight: {version_error(int(version))}")
             return
         if (saved := local_metadata.get("weight_format", self.weight_format)) != self.weight_format:
             error_msgs.append(f"{prefix}weight is {saved}, not {self.weight_format}: make the layer with {saved!r}")
@@ -178,7 +178,3 @@ def _check_divides(world: int, name: str, size: int, unit: int, of_what: str) ->
             f"{name}={size} is {size // unit} times {unit}, {of_what}, which world={world} ranks cannot share evenly;"
             f" numbers of ranks that can: {', '.join(map(str, fitting))}"
         )
-
-
-def _version_error(version: int) -> str:
-    return f"layout_version={version} is not {LAYOUT_VERSION}; pack the original weight again with this marlin_gen"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
-from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION
+from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.gather_op import in_order
 from marlin_gen.problem import SIZE_UNIT, words_per_tile
@@ -43,7 +44,7 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
 
     a, bias [n] and the result are of the type the weight was packed for, f16 or bf16. On CUDA a kernel measured for
     this GPU, shape and number of tokens runs, and adds the bias before it rounds; on the CPU the dequantised reference.
-    Differentiable in ``a`` and ``bias``. Raises ValueError or TypeError that name what does not fit.
+    Differentiable in ``a`` and ``bias``, backwards. Raises ValueError or TypeError that name what does not fit.
     For a weight in act-order the features of ``a`` are gathered first, on CUDA by a kernel of ours (gather.py).
     """
     try:
@@ -51,6 +52,8 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
     except AttributeError:
         kinds = f"a is a {type(a).__name__} and packed a {type(packed).__name__}"
         raise TypeError(f"{kinds}; marlin_gen.gemm takes a Tensor and a PackedWeight of marlin_gen.pack") from None
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(a, scales, bias)
     if packed.order is not None:
         a = in_order(a, packed.order)
     # The dispatcher would go through Python for autograd, and again for CUDA: 5 us each.
@@ -70,6 +73,13 @@ def gemm(a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None
         a, packed.weight, scales, bias, packed.weight_format, packed.layout_version
     )
     return c
+
+
+def _refuse_tangents(*operands: torch.Tensor | None) -> None:
+    """Of an op of torch.library torch drops them without a word, as if the result were a constant."""
+    tangents = (forward_ad.unpack_dual(one).tangent for one in operands if one is not None)  # type: ignore[no-untyped-call]
+    if any(one is not None for one in tangents):
+        raise NotImplementedError("marlin_gen.gemm has no forward-mode derivative (jvp, jacfwd); use backward()")
 
 
 def _launched(
@@ -96,10 +106,7 @@ def check_operands(
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
     if layout_version != LAYOUT_VERSION:
-        raise ValueError(
-            f"layout_version={layout_version} is not {LAYOUT_VERSION};"
-            " pack the original weight again with this marlin_gen"
-        )
+        raise ValueError(version_error(layout_version))
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
         raise TypeError(f"a is {a.dtype}; marlin_gen.gemm takes {known}, convert it, for instance with a.half()")

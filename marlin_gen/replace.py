@@ -41,7 +41,8 @@ def quantize_model(
 
     ``skip``: names of layers, or of anything above them, to leave: whole ("model.layers.0.mlp"), the last part
     ("lm_head", "router"), or with wildcards ("*.layers.0.*"). Also left, with the reason in the result: subclasses
-    of Linear, layers of other than 16- and 32-bit floats, weights that two modules share (an lm_head tied to the
+    of Linear, layers with hooks, those of an ``nn.TransformerEncoderLayer`` or that a model of transformers keeps in
+    float32, layers of other than 16- and 32-bit floats, weights that two modules share (an lm_head tied to the
     embedding), and sizes that the layout cannot hold. A layer that occurs twice is replaced in both places by one.
 
     Layers are for activations in bfloat16 where they were of that type, else in float16: convert the rest of the model
@@ -56,11 +57,18 @@ def quantize_model(
     patterns = tuple(skip)
     found = Replacements(weight_format)
     owners = _owners(model)
+    # Of transformers' models: such a layer's activations are float32, or cast to its weight's type (T5's wo).
+    kept = [one for key in ("", "_strict") for one in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()]
     made: dict[int, QuantLinear] = {}
     for name, linear in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(linear, nn.Linear):
             continue
+        parent, _, last = name.rpartition(".")
         reason = _skip_reason(name, linear, patterns, owners)
+        if reason is None and isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
+            reason = "is read by its TransformerEncoderLayer, past its forward"
+        if reason is None and any(f".{one}." in f".{name}.weight." for one in kept):
+            reason = "is one that its model keeps in float32"
         if reason is None and id(linear) not in made:
             try:
                 made[id(linear)] = QuantLinear.from_float(linear, weight_format)
@@ -71,7 +79,6 @@ def quantize_model(
         if reason is not None:
             found.skipped[name] = reason
             continue
-        parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made[id(linear)].train(linear.training))
         found.replaced.append(name)
     return found
@@ -84,6 +91,8 @@ def _skip_reason(name: str, linear: nn.Linear, patterns: tuple[str, ...], owners
             return f"skip has {pattern!r}"
     if type(linear) is not nn.Linear:
         return f"is a {type(linear).__name__}, which may do more than a Linear"
+    if linear._forward_hooks or linear._forward_pre_hooks:  # also those that make its weight (weight_norm, prune)
+        return "has hooks, which may do more than a Linear"
     if not linear.weight.is_floating_point() or linear.weight.element_size() not in (2, 4):
         return f"its weight is {linear.weight.dtype}"
     if linear.weight.is_meta:

@@ -97,7 +97,7 @@ def undo_permutation(
     rows = tensor.n if isinstance(tensor, QuantizedWeight) else len(tensor)
     if rows % (2 * count):
         raise ValueError(f"tensor {name!r} has {rows} rows, which {count} heads of an even size do not make")
-    order = torch.arange(rows).view(count, -1, 2).transpose(1, 2).flatten()
+    order = torch.arange(rows, device="cpu").view(count, -1, 2).transpose(1, 2).flatten()
     return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.rows(order)
 
 
@@ -109,6 +109,9 @@ def config_dict(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     rope, tokenizer = metadata["rope"], metadata["tokenizer"]
     if metadata["architecture"] != ARCHITECTURE:
         raise ValueError(f"the GGUF file has architecture {metadata['architecture']!r}; read so far: {ARCHITECTURE!r}")
+    for key in ("intermediate_size", "heads", "kv_heads"):
+        if isinstance(metadata[key], list):  # which GGUF allows, and LlamaConfig does not
+            raise ValueError(f"the GGUF file has {key} layer by layer, {metadata[key]}, which is not read")
     old = rope.get("scale_linear", 1.0)  # what llama.cpp reads where there is no scaling.factor
     if old != 1.0 or any(key.startswith("scaling.") and key != "scaling.finetuned" for key in rope):
         raise ValueError(f"the GGUF file scales its rotary frequencies ({rope}), which is not read: use safetensors")

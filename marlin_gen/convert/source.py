@@ -61,6 +61,8 @@ def _open_folder(folder: Path) -> Source:
     types: dict[str, str] = {}
     for file in weight_files(folder):
         for name, entry in read_header(file)[0].items():
+            if name in where:
+                raise ValueError(f"{name} is in {where[name]} and in {file.name}: remove the file that is not wanted")
             where[name] = file
             sizes[name] = entry["data_offsets"][1] - entry["data_offsets"][0]
             types[name] = entry["dtype"]
@@ -123,7 +125,11 @@ def _checked(found: Any, what: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all. A missing one is a ValueError."""
+    """The safetensors files of a checkpoint, as transformers chooses them: model.safetensors alone, else those that the
+    index names; without either, all. A missing one is a ValueError.
+    """
+    if (whole := folder / "model.safetensors").exists():
+        return [whole]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))

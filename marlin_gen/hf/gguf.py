@@ -46,7 +46,7 @@ def from_gguf(
             if weights == "quantised":
                 held = packed_or_dense(value, layer)
                 if not isinstance(held, Unheld):
-                    _set_module(model, layer, QuantLinear.from_packed(held.to(device)))
+                    model.set_submodule(layer, QuantLinear.from_packed(held.to(device)))
                     continue
                 unheld[layer] = held.reason
                 value = held.weight
@@ -62,11 +62,6 @@ def from_gguf(
             stacklevel=2,
         )
     return model.eval()
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -87,4 +82,4 @@ def _fill_buffers(model: nn.Module, config: Any, device: torch.device | str) -> 
     """Buffers that no file has (rotary frequencies) as the modules make them themselves."""
     for name, module in model.named_modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            _set_module(model, name, type(module)(config=config).to(device))
+            model.set_submodule(name, type(module)(config=config).to(device))

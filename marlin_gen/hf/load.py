@@ -15,6 +15,8 @@ from marlin_gen.checkpoints.names import MARKS
 from marlin_gen.hf.config import METHOD, MarlinGenConfig
 from marlin_gen.hf.quantizer import MarlinGenQuantizer
 
+_NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config")
+
 
 def from_pretrained(name: str | os.PathLike[str], auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(name, **kwargs)`` with ``QuantLinear``s in place of the checkpoint's own layers.
@@ -29,9 +31,11 @@ def from_pretrained(name: str | os.PathLike[str], auto_class: Any = AutoModelFor
     """
     of_the_hub = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
     hub = {key: kwargs[key] for key in of_the_hub if key in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-        name, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
-    )
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
+        for key in [key for key in kwargs if key not in _NOT_OF_THE_CONFIG and hasattr(config, key)]:
+            setattr(config, key, kwargs.pop(key))  # such as num_labels; a model's __init__ does not take them
     theirs = getattr(config, "quantization_config", None)
     if theirs is None:
         found = cached_file(name, "quantize_config.json", _raise_exceptions_for_missing_entries=False, **hub)

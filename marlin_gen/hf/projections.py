@@ -19,7 +19,7 @@ class _Results(threading.local):
     """What the calling thread's last product left to be asked for: none gets another's. Copies are empty."""
 
     def __init__(self) -> None:
-        self.parts: dict[int, torch.Tensor] = {}
+        self.parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what it is of
 
     def __reduce__(self) -> tuple[type[_Results], tuple[()]]:
         return _Results, ()
@@ -35,7 +35,7 @@ class FusedProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[torch.Tensor] = list(self.linear(x).split(self.sizes, dim=-1))
-        self.results.parts = dict(enumerate(parts[1:], start=1))
+        self.results.parts = {index: (x, part) for index, part in enumerate(parts[1:], start=1)}
         return parts[0]
 
 
@@ -48,8 +48,8 @@ class LaterProjection(nn.Module):
         self.index, self.name = index, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self._fused[0].results.parts.pop(self.index, None)
-        if found is None or found.shape[:-1] != x.shape[:-1]:
+        of, found = self._fused[0].results.parts.pop(self.index, (None, None))
+        if found is None or of is not x:  # as in cross-attention
             before = "the projection before it, which was not called with this input"
             raise RuntimeError(f"{self.name} is fused with {before}")
         return found
@@ -59,9 +59,9 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> list[str
     """Fuse each group of neighbouring projections below ``model`` in place; the names of what was fused.
 
     A group is fused where its layers are all ``QuantLinear`` of one format and type, none in act-order, or all
-    ``nn.Linear``, take the same number of features and all have a bias or none. The model must call them in the group's
-    order, with the same input, as transformers' llama-like models do. For inference: afterwards the state dict has
-    other names.
+    ``nn.Linear``, take the same number of features, all have a bias or none, and have no hooks. The model must call
+    them in the group's order, with the same input, as transformers' llama-like models do. For inference: afterwards the
+    state dict has other names.
     """
     fused = []
     for name, module in list(model.named_modules()):
@@ -80,6 +80,8 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> list[str
 def _joined(layers: Sequence[Any]) -> nn.Module | None:
     """One layer that computes all; None where they cannot be joined."""
     first = layers[0]
+    if any(not isinstance(one, nn.Module) or one._forward_hooks or one._forward_pre_hooks for one in layers):
+        return None
     biases = [getattr(layer, "bias", None) for layer in layers]
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):
         return None

@@ -103,8 +103,7 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{name} is a quantised linear layer of the checkpoint, but {type(model).__name__} has {what};"
                 " marlin_gen loads models whose quantised layers are each an nn.Linear"
             )
-        parent, _, last = target.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(linear))
+        model.set_submodule(target, make(linear))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
@@ -118,8 +117,7 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
             config.formats = {}
             for target, staged in [(n, m) for n, m in model.named_modules() if isinstance(m, Staged)]:
                 module, reason = staged.finished(config.source)
-                parent, _, last = target.rpartition(".")
-                setattr(model.get_submodule(parent), last, module.train(staged.training))
+                model.set_submodule(target, module.train(staged.training))
                 if isinstance(module, QuantLinear):
                     config.formats[staged.name] = module.weight_format
                 else:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import marlin_gen.hf  # noqa: F401 - registers the method
+import marlin_gen.hf
 from marlin_gen.cli.root import main
 from marlin_gen.convert import convert
 from marlin_gen.convert.shard import ShardWriter, is_intact
@@ -238,6 +238,30 @@ def test_files_that_are_cut_or_missing_are_named(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(ValueError, match=r"is not in model-00002-of-00002.safetensors, where"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_other_weights_beside_model_safetensors_are_not_taken(tmp_path, shards):
+    """As by transformers: also where shards and their index were left there."""
+    write_checkpoint(tmp_path / "in", "gptq", shards)
+    if shards > 1:
+        write_checkpoint(tmp_path / "in", "gptq", change=lambda name, tensors: tensors["scales"].mul_(2))
+    else:
+        doubled = {name: tensor * 2 for name, tensor in load_file(tmp_path / "in/model.safetensors").items()}
+        save_file(doubled, tmp_path / "in/older.safetensors")
+    convert(tmp_path / "in", tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = marlin_gen.hf.from_pretrained(tmp_path / "in").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq")
+    (tmp_path / "in/model.safetensors").rename(tmp_path / "in/gptq_model-4bit.safetensors")
+    convert(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/older.safetensors").write_bytes((tmp_path / "in/gptq_model-4bit.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"is in \S+gptq_model-4bit.safetensors and in older.safetensors: remove"):
+        convert(tmp_path / "in", tmp_path / "again")
 
 
 def test_what_cannot_be_converted_is_said(tmp_path):

@@ -286,6 +286,17 @@ def test_find_tables_names_a_wrong_override(roots, tmp_path, monkeypatch):
         find_tables()
 
 
+def test_user_tables_that_cannot_be_read_are_a_warning(roots, monkeypatch):
+    """As in a container whose HOME is that of root: a name too long fails for root too."""
+    tables.table(roots[1], [row(64, 128, 1, M1)])
+    monkeypatch.setenv("XDG_DATA_HOME", "/" + "x" * 300)
+    with pytest.warns(TableWarning, match="no table of this user is used: .*File name too long"):
+        assert len(find_tables()) == 1
+    monkeypatch.setenv("MARLIN_GEN_TABLE", "/" + "x" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        find_tables()
+
+
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 512), m=st.integers(1, 8192), plan=st.sampled_from([mma(32), mma(48), M16, wgmma(256)]))
 def test_wave_fill_is_a_fraction(n, m, plan):

@@ -64,6 +64,8 @@ def test_a_cache_that_cannot_be_written_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     cache = by_name(examine()[1])["cache folder"]
     assert not cache.ok and "MARLIN_GEN_CACHE_DIR" in cache.fix
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", "/" + "x" * 300)  # cannot even be looked at, as in another user's home
+    assert not by_name(examine()[1])["cache folder"].ok
 
 
 def test_the_launcher_is_named(tmp_path, monkeypatch):

@@ -164,6 +164,17 @@ def test_a_quantised_base_model_saved_and_loaded_again(tmp_path):
         assert torch.equal(model(IDS).last_hidden_state, base(IDS).last_hidden_state)
 
 
+def test_settings_of_the_config_are_taken_as_by_transformers(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq")
+    model = hf.from_pretrained(
+        tmp_path / "in", transformers.AutoModelForSequenceClassification, num_labels=3, use_cache=False
+    )
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+    assert model.score.out_features == 3 and not model.config.use_cache
+    with pytest.raises(TypeError, match="bogus"):
+        hf.from_pretrained(tmp_path / "in", bogus=1)
+
+
 def test_unsupported_layers_fall_through_with_one_warning(tmp_path):
     _, dense = write_checkpoint(tmp_path / "in", "awq", head_dim=16)
     with warnings.catch_warnings(record=True) as caught:

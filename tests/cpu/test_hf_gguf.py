@@ -72,7 +72,7 @@ def write(path, tied=True, linear=Kind.Q4_1, tokenizer=False, vocabulary=VOCABUL
     fields = {"block_count": LAYERS, "embedding_length": HIDDEN, "feed_forward_length": INNER, "context_length": 128,
               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": 64,
               "vocab_size": vocabulary, **changes}  # fmt: skip
-    adds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    adds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     for key, value in fields.items():
         adds[type(value)](key if key.startswith("split.") else f"llama.{key}", value)
     if bias:
@@ -167,6 +167,16 @@ def test_logits_and_text_are_those_of_the_dequantised_weights(smol):
     assert greedy(model, IDS) == greedy(dense, IDS)
 
 
+def test_another_default_device_does_not_matter(smol):
+    """As after torch.set_default_device("cuda")."""
+    for one in open_model(smol[0])[1]:
+        if one.name.endswith("q_proj.weight"):
+            expected = one.read()
+            with torch.device("meta"):
+                found = one.read()
+            assert torch.equal(found.codes, expected.codes) and torch.equal(found.minima, expected.minima)
+
+
 def test_rows_that_are_not_put_back_are_another_model(smol, monkeypatch):
     path, dense = smol
     monkeypatch.setattr("marlin_gen.checkpoints.gguf_llama.undo_permutation", lambda name, tensor, *heads: tensor)
@@ -240,6 +250,9 @@ def test_another_model_than_its_metadata_say_is_refused(tmp_path, changes, says)
         ({"without": ["output_norm.weight"]}, "has no tensor 'output_norm.weight'"),
         ({"split.count": 2}, "a.gguf is one of 2 parts: merge it with llama-gguf-split --merge"),
         ({"bias": "blk.0.attn_q.bias"}, r"tensor 'blk.0.attn_q.bias' is not one of a plain llama model; with biases"),
+        ({"attention.head_count": [9, 9]}, r"has heads layer by layer, \[9, 9\], which is not read"),
+        ({"attention.head_count_kv": [3, 3]}, "has kv_heads layer by layer"),
+        ({"feed_forward_length": [1536, 1536]}, "has intermediate_size layer by layer"),
         ({"rope.scaling.type": "yarn"}, "scales its rotary frequencies"),
         ({"rope.scale_linear": 4.0}, r"scales its rotary frequencies .*'scale_linear': 4.0"),
     ],

@@ -54,11 +54,32 @@ def test_layers_that_differ_are_left_alone():
     assert fuse(made) == ["model.layers.1.mlp.gate_proj+up_proj"]
 
 
+@torch.inference_mode()
+def test_layers_with_hooks_are_left_alone():
+    made, tokens = model(), torch.randint(0, 128, (2, 9))
+    attention, mlp = made.model.layers[0].self_attn, made.model.layers[1].mlp
+    attention.k_proj.register_forward_hook(lambda module, arguments, result: result * 2)
+    mlp.up_proj.register_forward_pre_hook(lambda module, arguments: arguments[0] * 2)
+    before = made(tokens).logits
+    assert fuse(made) == ["model.layers.0.mlp.gate_proj+up_proj", "model.layers.1.self_attn.q_proj+k_proj+v_proj"]
+    assert torch.allclose(made(tokens).logits, before, atol=2e-3)
+
+
 def test_a_later_projection_alone_is_an_error():
     made = model()
     fuse(made)
     with pytest.raises(RuntimeError, match="up_proj is fused with the projection before it, which was not called"):
         made.model.layers[0].mlp.up_proj(torch.zeros(1, 256).half())
+
+
+def test_a_later_projection_of_another_input_is_an_error():
+    """Of the same shape too, as in cross-attention: it would get the first one's keys."""
+    attention = model().model.layers[0].self_attn
+    fuse(attention)
+    one, two = torch.randn(2, 3, 256).half()
+    attention.q_proj(one)
+    with pytest.raises(RuntimeError, match="k_proj is fused with the projection before it, which was not called with"):
+        attention.k_proj(two)
 
 
 @torch.inference_mode()
@@ -72,7 +93,7 @@ def test_threads_do_not_get_one_another_s_results():
     with ThreadPoolExecutor(1) as other:
         other.submit(attention.q_proj, two).result()
         assert torch.equal(attention.k_proj(one), key)
-        left = other.submit(lambda: weakref.ref(attention.q_proj.results.parts[1])).result()
+        left = other.submit(lambda: weakref.ref(attention.q_proj.results.parts[1][1])).result()
         assert left() is not None
     gc.collect()
     assert left() is None, "what a thread never asked for goes with it"

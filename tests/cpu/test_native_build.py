@@ -183,6 +183,15 @@ print(native.library().path)
         changes["PATH"] = str(tmp_path)  # no compiler: from now on it is loaded
 
 
+def test_a_cache_that_cannot_be_read_has_no_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "native_dir", lambda: tmp_path / "package/csrc")
+    shutil.copytree(NATIVE, env.native_dir(), ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", "/" + "x" * 300)  # which fails for root too
+    assert native_build.candidates() == []
+    with pytest.raises(OSError, match="File name too long"):  # and then Python launches
+        native_build.build_cached()
+
+
 def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
     folder = tmp_path / "marlin_gen" / "csrc"
     shutil.copytree(NATIVE, folder, ignore=shutil.ignore_patterns("*.so"))

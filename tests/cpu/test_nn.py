@@ -182,6 +182,13 @@ def test_loading_onto_meta_with_assign():
     assert torch.equal(layer(x), QuantLinear.from_float(linear())(x))
 
 
+def test_a_state_dict_on_meta_is_assigned_as_of_any_module():
+    """Of ranks that are sent their tensors later."""
+    layer = QuantLinear.from_float(linear(bias=True))
+    assert not any(layer.load_state_dict(QuantLinear(256, 128, True, device="meta").state_dict(), assign=True))
+    assert layer.weight.is_meta and layer.layout_version.is_meta
+
+
 def test_from_packed_shares_memory_and_checks():
     packed = marlin_gen.pack(*marlin_gen.quantize(linear().weight.detach()))
     layer = QuantLinear.from_packed(packed)

@@ -104,6 +104,21 @@ def test_scales_have_no_gradient():
         c.sum().backward()
 
 
+@pytest.mark.parametrize("order", [None, torch.arange(255, -1, -1)])
+def test_forward_mode_is_refused_and_not_zero(order):
+    """torch gives an op of torch.library no tangent at all: jvp would be zeros."""
+    packed, a = replace(PACKED, order=order), activations(3, 256)
+    for way in (
+        lambda: torch.func.jvp(lambda x: marlin_gen.gemm(x, packed), (a,), (a,)),
+        lambda: torch.func.jacfwd(lambda x: marlin_gen.gemm(x, packed))(a[0]),
+        lambda: torch.func.jvp(lambda bias: marlin_gen.gemm(a, packed, bias), (a[0, :128],), (a[1, :128],)),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            way()
+    with torch.autograd.forward_ad.dual_level():  # of something else
+        assert torch.equal(marlin_gen.gemm(a, packed), marlin_gen.gemm(a[:, order] if order is not None else a, PACKED))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph_gives_the_eager_result(dynamic):
     def layer(a):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import marlin_gen
 from marlin_gen import QuantLinear, quantize_model
@@ -108,6 +109,47 @@ def test_what_is_no_plain_linear_is_left():
     assert found.skipped["wide"] == "its weight is torch.float64"
     assert found.skipped["small"].startswith("k=100 is not a positive multiple of 64")
     assert "meta device" in found.skipped["meta"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_layers_with_hooks_are_left():
+    """A QuantLinear would not call them, and those that make the weight anew leave no parameter of that name."""
+    hooked = nn.ModuleDict({name: nn.Linear(256, 256) for name in ("after", "before", "norm", "pruned", "plain")})
+    hooked["after"].register_forward_hook(lambda module, arguments, result: result * 2)
+    hooked["before"].register_forward_pre_hook(lambda module, arguments: arguments[0] * 2)
+    nn.utils.weight_norm(hooked["norm"])
+    prune.l1_unstructured(hooked["pruned"], "weight", 0.5)
+    found = quantize_model(hooked)
+    assert found.replaced == ["plain"]
+    assert set(found.skipped.values()) == {"has hooks, which may do more than a Linear"}
+
+
+def test_a_transformer_encoder_runs_on():
+    """For inference torch's own layer hands its Linears' weights to one operator."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 512, batch_first=True), 1).half().eval()
+    made = nn.Sequential(encoder, nn.Linear(256, 256).half())
+    x = torch.randn(2, 7, 256).half()
+    with torch.no_grad():
+        expected = made(x)
+        found = quantize_model(made)
+        assert found.replaced == ["1"] and "TransformerEncoderLayer" in found.skipped["0.layers.0.linear1"]
+        assert 0 < (made(x) - expected).norm() / expected.norm() < 0.12
+
+
+def test_what_a_model_of_transformers_keeps_in_float32_is_left():
+    """T5 casts activations to the type of wo's weight, which is no float in a QuantLinear."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=128, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
+    made = transformers.T5EncoderModel(config).half().eval()
+    expected = made(IDS).last_hidden_state
+    found = quantize_model(made)
+    assert len(found.replaced) == 2 * 5
+    assert set(found.skipped.values()) == {"is one that its model keeps in float32"}
+    assert 0 < (made(IDS).last_hidden_state - expected).norm() / expected.norm() < 0.3
+
+    made = model()
+    made._keep_in_fp32_modules_strict = ["0.up.weight", "layers.2", "own"]
+    assert quantize_model(made).replaced == ["layers.0.down", "layers.1.up"]
 
 
 def test_errors_name_the_layer_or_the_argument():
