@@ -1,7 +1,7 @@
 """Number formats, as rows: activation types and quantised weight formats.
 
 Adding a weight format is one row here and one specialisation of ``Decoder`` in
-``templates/include/marlin_gen/dequant.cuh``; tests and registries iterate the rows.
+``templates/include/marlin_gen/dequant.cuh`` or beside it; tests and registries iterate the rows.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class WeightFormat:
     zeros      (q - z) * s           z is whole, 0 .. codes: as above
     fractions  (q - z) * s           z is any number: both round
     minima     q * s + z             rounds once
+    floats     e4m3(q) * s           none; codes are the bits of float8_e4m3fn, not its NaN. Rounds once
     =========  ====================  ========================================================================
     """
 
@@ -49,7 +50,7 @@ class WeightFormat:
     @property
     def has_offsets(self) -> bool:
         """Whether each group has an offset of its own beside its scale."""
-        return self.offset != "constant"
+        return self.offset not in ("constant", "floats")
 
     @property
     def has_lifts(self) -> bool:
@@ -78,14 +79,15 @@ class WeightFormat:
 DTYPES = {d.name: d for d in (DType("f16", "float16", 2, 1e-3), DType("bf16", "bfloat16", 2, 8e-3))}
 
 # "u4b8g128": unsigned 4-bit codes about 8 in groups of 128. "u4z": about a whole zero point of each group (AWQ, GPTQ),
-# "u4f": about any number (HQQ), "u4m": up from a minimum (GGUF's Q4_1). Larger groups, and one scale a row, are packed
-# as the largest of these that divides them, their scales repeated: the same weight, bit for bit.
+# "u4f": about any number (HQQ), "u4m": up from a minimum (GGUF's Q4_1). "e4m3": fp8. Larger groups, and one scale a
+# row, are packed as the largest of these that divides them, their scales repeated: the same weight, bit for bit.
 _KINDS = (
     ("u4b8", 4, "constant", 8),
     ("u4z", 4, "zeros", 0),
     ("u4f", 4, "fractions", 0),
     ("u4m", 4, "minima", 0),
     ("u8b128", 8, "constant", 128),
+    ("e4m3", 8, "floats", 0),
 )
 FORMATS = {
     f.name: f

@@ -41,6 +41,8 @@ __all__ = ["LAYOUT_VERSION", "SCALE_DTYPES", "PackedWeight", "check_scales", "pa
 
 SCALE_DTYPES = tuple(getattr(torch, row.torch_name) for row in DTYPES.values())
 
+_SCALE_LIMIT = 256  # of e4m3, whose largest number times it is beyond f16
+
 # Where the 8 codes of a lane and block lie in its words, by bits: (row half, k half, k parity), that is code
 # [8 * row + g, 8 * k_half + 2 * t + parity].
 _PLACES = {
@@ -109,6 +111,8 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
         raise ValueError(f"codes are on {codes.device} and scales on {scales.device}; move both to one device")
     if (largest := int(codes.max())) >= fmt.codes:
         raise ValueError(f"code {largest} does not fit {fmt.name}; its codes are 0 .. {fmt.codes - 1}")
+    if fmt.offset == "floats":
+        _check_floats(codes, scales, fmt)
 
     blocks = codes.view(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2)  # n64, row block, half, g, k64, step, k half, t, parity
     words = torch.zeros(
@@ -129,6 +133,15 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
         pairs.reshape(n // 64, rows, 64 * each).contiguous(),
         fmt.name,
     )
+
+
+def _check_floats(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> None:
+    """A ValueError for codes that are no number, and scales that kernels cannot multiply by 2^8 or 2^120."""
+    if bool((codes & 0x7F == 0x7F).any()):
+        raise ValueError(f"codes have NaN (0x7f, 0xff), which {fmt.name} does not hold; check the checkpoint")
+    if not bool((scales.abs() < _SCALE_LIMIT).all()):
+        worst = scales.abs().max().item()
+        raise ValueError(f"the largest scale is {worst}; {fmt.name} holds those below {_SCALE_LIMIT}")
 
 
 def lifts(scales: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ def random_weight(
     """
     made: dict[str, Any] = {"device": device, "generator": generator}
     codes = torch.randint(0, fmt.codes, (n, k), dtype=torch.uint8, **made)
+    if fmt.offset == "floats":
+        codes[codes & 0x7F == 0x7F] = 0  # NaN
     scales = (torch.rand(n, k // fmt.group_size, **made) * 0.02 + 0.005) * 16 / fmt.codes
     if fmt.has_lifts:
         scales *= 2.0 ** torch.randint(-1, 2, (n, 1), **made)

@@ -12,8 +12,12 @@ from marlin_gen.problem import check_shape
 # A group's scale is absmax / divisor for the divisor with the least squared error. 7 (of 4 bits) clips nothing; 8 and
 # above clip the few largest weights of a group and resolve all others better. Of 8 bits there is nothing to choose.
 _DIVISORS = {4: (7.0, 7.4, 7.8, 8.2, 8.6, 9.0), 8: (127.0,)}
+_FLOAT = torch.float8_e4m3fn
+_LARGEST_FLOAT = 448.0
 _CHUNK_WEIGHTS = 1 << 24  # weights quantised at once: bounds the fp32 temporaries to a few hundred MB
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive f16: a group of tiny weights must not get the scale 0
+# The smallest positive f16: a group of tiny weights must not get the scale 0. Of floats, which are as fine under any
+# scale that is not too large, the smallest that f16 has with all its bits.
+_SMALLEST_SCALE, _SMALLEST_FLOAT_SCALE = 2.0**-24, 2.0**-14
 _LARGEST_ZERO = 2048  # in scales: up to it f16 has whole numbers, beyond it steps of a code are lost in q - z
 
 
@@ -56,6 +60,10 @@ def _quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [rows, groups, group_size] to codes of the same shape and scales [rows, groups]."""
     absmax = _checked_absmax(groups, fmt)
+    if fmt.offset == "floats":
+        scale = (absmax / _LARGEST_FLOAT).clamp_min(_SMALLEST_FLOAT_SCALE).to(dtype)
+        floats = (groups / scale.float()[..., None]).clamp_(-_LARGEST_FLOAT, _LARGEST_FLOAT).to(_FLOAT)
+        return floats.view(torch.uint8), scale
     best_error = torch.full_like(absmax, float("inf"))
     best_scale = torch.ones_like(absmax, dtype=dtype)
     for divisor in _DIVISORS[fmt.bits]:
@@ -93,7 +101,8 @@ def _quantize_from_least(
 
 def _checked_absmax(groups: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     absmax = groups.abs().amax(dim=-1)
-    steps = 1.0 if fmt.offset == "minima" else _DIVISORS[fmt.bits][0]  # a minimum is a weight itself, kept as f16
+    # A minimum is a weight itself, kept as f16; the scale of floats may be too large before it is infinite.
+    steps = 1.0 if fmt.offset in ("minima", "floats") else _DIVISORS[fmt.bits][0]
     limit = torch.finfo(torch.float16).max * steps
     if not bool((absmax <= limit).all()):  # also false for NaN
         raise ValueError(
@@ -118,9 +127,9 @@ def dequantize(
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
     if fmt.offset == "minima":  # the type of the sums: the fused multiply-add rounds once
-        weight = _decoded(codes.float(), scales.float(), fmt).to(scales.dtype)
+        weight = _decoded(codes, scales.float(), fmt).to(scales.dtype)
     else:
-        weight = _decoded(codes.to(scales.dtype), scales, fmt)
+        weight = _decoded(codes, scales, fmt)
     return weight.to(dtype or scales.dtype)
 
 
@@ -134,7 +143,7 @@ def gemm_reference(
     """``a [..., k] @ B^T + bias`` in fp32 [..., n] with unrounded weights: what kernels are compared with."""
     fmt = format_row(weight_format)
     check_scales(scales, codes.shape[0], codes.shape[1], fmt)
-    c = a.float() @ _decoded(codes.float(), scales.float(), fmt).T
+    c = a.float() @ _decoded(codes, scales.float(), fmt).T
     return c if bias is None else c + bias.float()
 
 
@@ -151,8 +160,9 @@ def dequantized_matmul(
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """The weight [n, k] in the floating type of codes and scales; ``codes`` is overwritten."""
-    grouped = codes.view(codes.shape[0], -1, fmt.group_size)
+    """The weight [n, k] in the type of ``scales``, which each step rounds to."""
+    numbers = codes.view(_FLOAT) if fmt.offset == "floats" else codes
+    grouped = numbers.to(scales.dtype, copy=True).view(codes.shape[0], -1, fmt.group_size)
     if fmt.offset == "minima":
         return grouped.mul_(scales[..., :1]).add_(scales[..., 1:]).view(codes.shape)
     grouped.sub_(scales[..., 1:] if fmt.has_offsets else fmt.zero_point)

@@ -176,6 +176,33 @@ def compressed_tensors() -> Iterator[Fixture]:
         groups = {"group_0": {"targets": ["Linear"], "weights": settings | {"type": "int"}}}
         config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
         yield Fixture(variant, config, tensors, decoded)
+    if not old:
+        yield from compressed_floats()
+
+
+def compressed_floats() -> Iterator[Fixture]:
+    """fp8, by the same library: decoded by ``decompress`` in the dtype of the scales."""
+    from compressed_tensors.compressors import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    n = 64
+    weight = torch.randn(n, K, generator=torch.Generator().manual_seed(8)) * torch.logspace(-2, 0, n)[:, None]
+    for strategy, rows, columns, dtype in (
+        ("tensor", n, K, torch.float16), ("channel", 1, K, torch.bfloat16), ("block", 48, 128, torch.bfloat16),
+    ):  # fmt: skip
+        settings: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+        settings |= {"block_structure": [rows, columns]} if strategy == "block" else {}
+        padded = torch.nn.functional.pad(weight, (0, -K % columns, 0, -n % rows))
+        blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        scales = (blocks.abs().amax((1, 3)) / 448).to(dtype)
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**settings))
+        state = {"weight": weight.to(dtype), "weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
+        tensors = FloatQuantizationCompressor.compress(state, scheme)
+        decoded = FloatQuantizationCompressor.decompress(tensors, scheme)["weight"]
+        groups = {"group_0": {"targets": ["Linear"], "weights": settings, "format": None}}
+        config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+        name = str(dtype).removeprefix("torch.").replace("float", "f")
+        yield Fixture(f"fp8-{strategy}-{name}", config, tensors, decoded)
 
 
 LIBRARIES = {

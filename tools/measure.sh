@@ -34,7 +34,7 @@ for stage in $stages; do
     tune) python3 -m marlin_gen tune $work --budget 9m --out "$tables" --record ;;
     formats)
       python3 -m marlin_gen tune --model llama-3.1-8b --dtype bf16 --budget 2m --out "$tables" --record
-      python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128 --budget 8m --out "$tables" --record
+      python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128,e4m3g128 --budget 8m --out "$tables" --record
       ;;
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --csv "$table/bench.csv" ;;
     models) # Layers of models that nothing was tuned for, at the token count of the report's picture.

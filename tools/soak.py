@@ -35,7 +35,10 @@ from marlin_gen.operands import random_weight  # noqa: E402
 from marlin_gen.problem import Problem  # noqa: E402
 from marlin_gen.reference import gemm_reference  # noqa: E402
 
-KINDS = (("u4b8g128", "f16"), ("u4b8g128", "bf16"), ("u4zg64", "f16"), ("u4mg32", "bf16"), ("u8b128g128", "f16"))
+KINDS = (
+    ("u4b8g128", "f16"), ("u4b8g128", "bf16"), ("u4zg64", "f16"), ("u4mg32", "bf16"), ("u8b128g128", "f16"),
+    ("e4m3g128", "bf16"),
+)  # fmt: skip
 CUDA_SHAPES = ((4096, 4096), (6144, 4096), (4096, 14336), (192, 384), (28672, 4096))
 CPU_SHAPES = ((64, 128), (192, 384), (128, 640))
 TOKENS = (1, 2, 7, 16, 33, 64, 100, 256, 500)

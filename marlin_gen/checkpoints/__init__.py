@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from marlin_gen.checkpoints import awq, compressed_tensors, gptq, hqq
+from marlin_gen.checkpoints import awq, compressed_tensors, fp8, gptq, hqq
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 
 Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any], str], QuantizedWeight]
@@ -16,6 +16,7 @@ Reader = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any], str], Quantize
 READERS: dict[str, Reader] = {
     "awq": awq.read,
     "compressed-tensors": compressed_tensors.read,
+    "fp8": fp8.read,
     "gptq": gptq.read,
     "hqq": hqq.read,
 }

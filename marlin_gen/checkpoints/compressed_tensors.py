@@ -1,9 +1,11 @@
-"""Checkpoints of compressed-tensors (llm-compressor) in its format "pack-quantized".
+"""Checkpoints of compressed-tensors (llm-compressor) in its formats "pack-quantized" and, of fp8, "float-quantized".
 
-Tensors: weight_packed int32 [n, k * bits / 32], codes packed along k, low bits first; weight_scale floating [n,
-groups]; weight_zero_point int32 [n * bits / 32, groups], packed along n, if the scheme is asymmetric; weight_shape [2],
-n and k; weight_g_idx int32 [k], the group of each input feature, if actorder is "group" (all -1: as without it). Codes
-and zero points are stored with 2 ** (bits - 1) added. Words that n or k does not fill are padded.
+Tensors of the first: weight_packed int32 [n, k * bits / 32], codes packed along k, low bits first; weight_scale
+floating [n, groups]; weight_zero_point int32 [n * bits / 32, groups], packed along n, if the scheme is asymmetric;
+weight_shape [2], n and k; weight_g_idx int32 [k], the group of each input feature, if actorder is "group" (all -1: as
+without it). Codes and zero points are stored with 2 ** (bits - 1) added. Words that n or k does not fill are padded.
+
+Of the second: weight float8_e4m3fn [n, k]; weight_scale, one number, [n, 1], [n, groups] or one a block_structure.
 
 Proved against the packer of compressed-tensors 0.20.0, and of 0.12.2 for weight_g_idx, which 0.20.0 no longer reads:
 tests/fixtures/compressed-tensors-*.
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from marlin_gen.checkpoints.fp8 import floats
 from marlin_gen.checkpoints.layer import INDICES, INTEGERS, Layer, unless_central, unpack, words
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 
@@ -30,6 +33,8 @@ def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: s
             f"transform_config transforms activations at run time ({', '.join(places)}), which kernels do not; quantise"
             " without it, or with transforms that are fused into weights"
         )
+    if layer.settings.get("type") == "float":
+        return _floats(layer)
     layer.setting("format", ("pack-quantized",))
     layer.setting("type", ("int",), default="int")
     bits: int = layer.setting("num_bits", (4, 8))
@@ -62,6 +67,18 @@ def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: s
         zeros=zeros,
         order=order,
     )
+
+
+def _floats(layer: Layer) -> QuantizedWeight:
+    layer.setting("format", ("float-quantized", "naive-quantized"))
+    layer.setting("num_bits", (8,))
+    layer.setting("symmetric", (True,), default=True)
+    layer.setting("actorder", (False, "weight", "static"), default=False)
+    strategy = layer.setting("strategy", ("tensor", "channel", "group", "block"))
+    block = layer.settings.get("block_structure") if strategy == "block" else None
+    if strategy == "group":
+        block = 1, layer.group_size(layer.tensor("weight", (torch.float8_e4m3fn,), (None, None)).shape[1])
+    return floats(layer, "weight_scale", block)
 
 
 def _transformed(config: Mapping[str, Any]) -> list[str]:

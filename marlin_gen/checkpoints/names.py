@@ -9,6 +9,7 @@ from typing import Any
 MARKS: dict[str, frozenset[str]] = {
     "awq": frozenset({"qweight", "qzeros", "scales"}),
     "compressed-tensors": frozenset({"weight_packed", "weight_shape", "weight_scale", "weight_zero_point"}),
+    "fp8": frozenset({"weight_scale", "weight_scale_inv"}),
     "gptq": frozenset({"qweight", "qzeros", "scales", "g_idx"}),
     "hqq": frozenset({"W_q", "packing", "nbits"}),
 }

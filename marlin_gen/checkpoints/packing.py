@@ -45,7 +45,7 @@ def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:
     if weight.minima is not None:
         offset = "minima"
     elif weight.zeros is None:
-        offset = "constant"
+        offset = "floats" if weight.is_float else "constant"
     else:
         offset = "fractions" if weight.zeros.is_floating_point() else "zeros"
     formats = [fmt for fmt in FORMATS.values() if (fmt.bits, fmt.offset) == (weight.bits, offset)]

@@ -24,6 +24,7 @@ class QuantizedWeight:
     zeros: torch.Tensor | None = None
     minima: torch.Tensor | None = None  # floating [n, k / group_size], in units of the weight; then there are no zeros
     order: torch.Tensor | None = None  # int64 [k]: which input feature each column of codes is; None: its own number
+    is_float: bool = False  # codes are the bits of float8_e4m3fn, and stand for those numbers; no zeros, no minima
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -39,8 +40,8 @@ class QuantizedWeight:
                     f"{name} have shape {list(tensor.shape)}; n={n}, k={k} in groups of {self.group_size} need"
                     f" [{n}, {k // self.group_size}]"
                 )
-        if self.zeros is not None and self.minima is not None:
-            raise ValueError("a weight has zeros or minima, not both")
+        if (self.zeros is not None) + (self.minima is not None) + self.is_float > 1:
+            raise ValueError("a weight has zeros, minima or codes that are fp8 numbers, not two of these")
         features = torch.arange(k, device=self.codes.device)
         if self.order is not None and not torch.equal(self.order.sort().values, features):
             raise ValueError(f"order is not a permutation of the {k} input features")
@@ -60,14 +61,15 @@ class QuantizedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The weight [n, k] in float64, input features in their own order: nothing is rounded."""
-        codes = self.codes.double().view(self.n, -1, self.group_size)
+        numbers = self.codes.view(torch.float8_e4m3fn) if self.is_float else self.codes
+        codes = numbers.double().view(self.n, -1, self.group_size)
         scales = self.scales.double()[..., None]
         if self.minima is not None:
             grouped = codes * scales + self.minima.double()[..., None]
         elif self.zeros is not None:
             grouped = (codes - self.zeros.double()[..., None]) * scales
         else:
-            grouped = (codes - 2 ** (self.bits - 1)) * scales
+            grouped = (codes if self.is_float else codes - 2 ** (self.bits - 1)) * scales
         weight = grouped.view(self.n, self.k)
         if self.order is None:
             return weight

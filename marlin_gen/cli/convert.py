@@ -13,7 +13,7 @@ from marlin_gen.cli.progress import counted_progress
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Folder (GPTQ, AWQ, compressed-tensors, HQQ) or .gguf file.")
+        Path, typer.Argument(metavar="IN", help="Folder (GPTQ, AWQ, compressed-tensors, HQQ, fp8) or .gguf file.")
     ],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write; a stopped run is taken up.")],
     keep_unsupported: Annotated[

@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _write_unit(shard: ShardWriter, unit: Unit, to_layout: ToLayout) -> str | Un
 def _moved(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeight:
     parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "minima", "order")}
     moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
-    return QuantizedWeight(bits=weight.bits, group_size=weight.group_size, **moved)  # type: ignore[arg-type]
+    return replace(weight, **moved)  # type: ignore[arg-type]
 
 
 def _finish(source: Source, names: Sequence[str], report: Report, dtype: torch.dtype) -> None:

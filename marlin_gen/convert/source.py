@@ -16,7 +16,7 @@ from marlin_gen.checkpoints.quantized import QuantizedWeight
 from marlin_gen.convert.shard import read_header
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".part")
-SCALES = ("scale", "scales", "weight_scale")  # a layer's, in any method
+SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv")  # a layer's, in any method
 CONFIGS = ("config.json", "quantize_config.json")
 
 

@@ -134,7 +134,7 @@ def reject_format(fmt: WeightFormat, dequant: str) -> str | None:
     # A packed word quad is 64 k: it lies in one group, or holds two.
     if fmt.group_size % 64 and fmt.group_size != 32:
         return f"weight format {fmt.name} is not in groups of 32 or of a multiple of 64"
-    if dequant == "deferred" and (fmt.group_size % 64 or fmt.offset not in ("constant", "zeros")):
+    if dequant == "deferred" and (fmt.group_size % 64 or fmt.offset in ("fractions", "minima")):
         return (
             f"dequant=deferred scales sums of whole numbers, of 64 k and more; {fmt.name} has finer groups, or"
             " offsets with fractions"

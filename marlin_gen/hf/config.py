@@ -20,7 +20,7 @@ class MarlinGenConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a checkpoint becomes ``QuantLinear``s. Which of three cases it is, its fields say:
 
     ``formats`` (of ``marlin-gen convert`` and ``save_pretrained``): {layer: weight format} of one in the packed layout.
-    ``source``: the quantization_config of a GPTQ, AWQ, compressed-tensors or HQQ checkpoint, which is repacked
+    ``source``: the quantization_config of a GPTQ, AWQ, compressed-tensors, HQQ or fp8 checkpoint, which is repacked
     while it is loaded. Neither: a float checkpoint, which is quantised to ``weight_format`` but for ``skip``.
 
     Raises ValueError for an unknown format or a layout of another version.

@@ -21,10 +21,10 @@ _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 def from_pretrained(name: str | os.PathLike[str], auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(name, **kwargs)`` with ``QuantLinear``s in place of the checkpoint's own layers.
 
-    ``name``: a folder or a model of the hub, quantised by GPTQ, AWQ, compressed-tensors or HQQ, or converted. One
-    warning lists the layers that no kernel format holds, and why; they run as nn.Linear. Activations and scales are in
-    ``dtype``, else in that of config.json, float16 or bfloat16. Transformers does not
-    let a caller change the method that a checkpoint names, so this hands it a config that names ours.
+    ``name``: a folder or a model of the hub, quantised by GPTQ, AWQ, compressed-tensors, HQQ or to fp8, or converted.
+    One warning lists the layers that no kernel format holds, and why; they run as nn.Linear. Activations and scales are
+    in ``dtype``, else in that of config.json, float16 or bfloat16. Transformers does not let a caller change the method
+    that a checkpoint names, so this hands it a config that names ours.
 
     Raises ValueError for a checkpoint that is not quantised (give ``quantization_config=MarlinGenConfig(...)`` to
     quantise it here), of an unknown method, or damaged: the message has the layer's name.

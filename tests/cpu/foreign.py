@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from marlin_gen.checkpoints.quantized import QuantizedWeight
 
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
-METHODS = ("awq", "compressed-tensors", "gptq", "hqq")
+METHODS = ("awq", "compressed-tensors", "fp8", "gptq", "hqq")
 GROUP = 64
 # k_proj and v_proj have 128 rows; with two heads of 16 they have 32, which the packed layout cannot hold.
 SIZES = {
@@ -36,6 +36,8 @@ def words(fields: torch.Tensor, bits: int = 4, places=None) -> torch.Tensor:
 def stored(weight: QuantizedWeight, method: str) -> dict[str, torch.Tensor]:
     """The tensors of one layer, by the last parts of their names."""
     n, k = weight.n, weight.k
+    if method == "fp8":
+        return {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale_inv": weight.scales[::128]}
     zeros = torch.full_like(weight.scales, 8).to(torch.uint8) if weight.zeros is None else weight.zeros
     if method == "gptq":
         codes, g_idx = weight.codes, torch.arange(k) // weight.group_size
@@ -70,12 +72,18 @@ def quantization_config(method: str) -> dict:
         return {"quant_method": method, "format": "pack-quantized", "config_groups": groups, "ignore": ["lm_head"]}
     if method == "gptq":
         return {"quant_method": method, "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"}
+    if method == "fp8":
+        return {"quant_method": method, "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
     if method == "awq":
         return {"quant_method": method, "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
     return {"quant_method": method, "quant_config": {}, "skip_modules": ["lm_head"]}
 
 
 def random_weight(n: int, k: int, method: str, generator: torch.Generator) -> QuantizedWeight:
+    if method == "fp8":
+        floats = torch.randn(n, k, generator=generator).mul_(100).to(torch.float8_e4m3fn)
+        scales = ((torch.rand(n // 128, k // 128, generator=generator) + 0.5) * 4e-4).half().repeat_interleave(128, 0)
+        return QuantizedWeight(floats.view(torch.uint8), scales, bits=8, group_size=128, is_float=True)
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     scales = ((torch.rand(n, k // GROUP, generator=generator) + 0.5) * 0.01).half()
     zeros = torch.randint(5, 12, scales.shape, generator=generator, dtype=torch.uint8)

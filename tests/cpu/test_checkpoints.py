@@ -32,18 +32,22 @@ EXPECTED = {
     "compressed-tensors-4bit-g64-sym-actorder": (4, 64, False, True, torch.float16),
     "compressed-tensors-4bit-g64-sym-bf16": (4, 64, False, False, torch.bfloat16),
     "compressed-tensors-8bit-channel-asym-bf16": (8, 256, True, False, torch.bfloat16),
+    "compressed-tensors-fp8-block-bf16": (8, 128, False, False, torch.bfloat16),
+    "compressed-tensors-fp8-channel-bf16": (8, 256, False, False, torch.bfloat16),
+    "compressed-tensors-fp8-tensor-f16": (8, 256, False, False, torch.float16),
     "gptq-v1-4bit-g32-asym-desc_act": (4, 32, True, True, torch.float16),
     "gptq-v1-4bit-g64-asym": (4, 64, True, False, torch.float16),
     "gptq-v1-4bit-g64-sym": (4, 64, False, False, torch.float16),
     "gptq-v1-8bit-gk-asym": (8, 256, True, False, torch.float16),
     "gptq-v2-4bit-g32-asym-desc_act": (4, 32, True, True, torch.float16),
 }
-SYMMETRIC, REORDERED, MODEL, AWQ, PACKED = (
+SYMMETRIC, REORDERED, MODEL, AWQ, PACKED, BLOCKS = (
     "gptq-v1-4bit-g64-sym",
     "gptq-v2-4bit-g32-asym-desc_act",
     "gptq-v1-4bit-g64-asym",
     "awq-4bit-g32",
     "compressed-tensors-4bit-g32-asym",
+    "compressed-tensors-fp8-block-bf16",
 )
 
 
@@ -60,10 +64,10 @@ def test_every_fixture_is_read_and_small():
     files = [path for path in FIXTURES.glob("*.safetensors") if not path.stem.startswith("hqq-")]  # test_hqq.py's
     assert {path.stem for path in files} == set(EXPECTED)
     sizes = [path.stat().st_size for path in files]
-    assert max(sizes) < 120_000 and sum(sizes) < 1_000_000
+    assert max(sizes) < 120_000 and sum(sizes) < 1_200_000
 
 
-KERNEL_LAYERS = [name for name, row in EXPECTED.items() if row[0] == 4]
+KERNEL_LAYERS = [name for name, row in EXPECTED.items() if row[0] == 4 or "fp8" in name]
 
 
 @pytest.mark.parametrize("name", KERNEL_LAYERS)
@@ -147,7 +151,7 @@ def with_value(value, *index):
 @pytest.mark.parametrize(
     ("name", "mutate", "says"),
     [
-        (SYMMETRIC, configured(quant_method="fp8"), "quant_method is 'fp8'; known: awq, compressed-tensors, gptq, hqq"),
+        (SYMMETRIC, configured(quant_method="quip"), "quant_method is 'quip'; known: awq, compressed-tensors, fp8"),
         (SYMMETRIC, changed(qweight=None), "qweight is missing; the layer has g_idx, qzeros, scales"),
         (SYMMETRIC, changed(qweight=lambda t: t.long()), r"qweight is torch.int64 \[32, 128\], not torch.int32"),
         (SYMMETRIC, changed(qweight=lambda t: t[1:]), r"qweight is torch.int32 \[31, 128\].* \[32, 128\]; check bits"),
@@ -176,7 +180,17 @@ def with_value(value, *index):
         (PACKED, scheme(symmetric=True), "weight_zero_point is there, but the scheme is symmetric"),
         (PACKED, scheme(actorder="group"), "weight_g_idx is missing"),
         (PACKED, scheme(strategy="tensor"), "strategy is 'tensor'"),
-        (PACKED, scheme(type="float"), "type is 'float'"),
+        (PACKED, scheme(type="float"), "format is 'pack-quantized' .* supported: 'float-quantized'"),
+        (PACKED, scheme(type="bool"), "type is 'bool'"),
+        (BLOCKS, scheme(num_bits=4), "num_bits is 4"),
+        (BLOCKS, scheme(strategy="tensor_group"), "strategy is 'tensor_group'"),
+        (BLOCKS, scheme(strategy="channel"), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 1\]"),
+        (BLOCKS, scheme(strategy="group", group_size=64), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 4\]"),
+        (BLOCKS, scheme(block_structure=[64, 128]), r"weight_scale is torch.bfloat16 \[2, 2\].* \[1, 2\]"),
+        (BLOCKS, changed(weight=lambda t: t.float()), r"weight is torch.float32 \[64, 256\], not torch.float8_e4m3fn"),
+        (BLOCKS, changed(weight=None), "weight is missing"),
+        (BLOCKS, changed(weight_scale=None), "weight_scale is missing"),
+        (BLOCKS, configured(quant_method="fp8", fmt="e5m2"), "fmt is 'e5m2'"),
         (PACKED, scheme(group_size=96), "group_size is 96"),
         (PACKED, configured(format="marlin-24"), "format is 'marlin-24'"),
         (PACKED, configured(config_groups={}), "none of the config_groups"),
@@ -303,5 +317,43 @@ def test_compressed_tensors_round_trip(layer):
     check(read_layer(tensors, config, "layer"), codes, zeros, scales, g_idx)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)), st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.sampled_from([torch.bfloat16, torch.float32]), st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_fp8_blocks_of_any_size(shape, block, dtype, seed):
+    """Also those at the lower and right edges, which are smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    grid = [-(-size // of) for size, of in zip(shape, block, strict=True)]
+    scales = torch.rand(grid, generator=generator).to(dtype)
+    expected = weight.double()
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            expected[row, column] *= scales[row // block[0], column // block[1]].double()
+    tensors = {"weight": weight, "weight_scale_inv": scales}
+    config = {"quant_method": "fp8", "weight_block_size": list(block)}
+    assert torch.equal(read_layer(tensors, config, "layer").dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("scales", [torch.tensor(0.25), torch.rand(1), torch.rand(6), torch.rand(6, 1)])
+def test_fp8_without_blocks(name, scales):
+    """As transformers and the first checkpoints for vLLM have them; scales of activations are theirs."""
+    weight = torch.randn(6, 10).to(torch.float8_e4m3fn)
+    found = read_layer({"weight": weight, name: scales, "input_scale": torch.ones(1)}, {"quant_method": "fp8"}, "layer")
+    assert torch.equal(found.dequantize(), weight.double() * scales.double().reshape(-1, 1))
+
+
+def test_fp8_as_transformers_dequantises_it():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    weight = torch.randn(256, 384).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 3)
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    found = read_layer({"weight": weight, "weight_scale_inv": scales}, config, "layer").dequantize()
+    assert torch.equal(found.float(), fp8.Fp8Dequantize(None)._dequantize_one(weight, scales))
+
+
 def test_the_registry_names_quant_methods():
-    assert {"awq", "compressed-tensors", "gptq"} <= set(READERS)
+    assert {"awq", "compressed-tensors", "fp8", "gptq"} <= set(READERS)

@@ -110,6 +110,7 @@ def test_either_compiler_takes_every_way_to_decode(toolchain: Toolchain) -> None
         for dequant, fmt, dtype in (
             ("exact", "u4b8g128", "f16"), ("deferred", "u4b8g128", "bf16"), ("deferred", "u4zg128", "f16"),
             ("exact", "u4fg128", "bf16"), ("exact", "u4mg32", "f16"), ("exact", "u8b128g128", "f16"),
+            ("exact", "e4m3g128", "f16"), ("deferred", "e4m3g128", "bf16"),
         )
     ]  # fmt: skip
     results = compile_all([render(KernelSpec.from_key(key)) for key in keys], toolchain)

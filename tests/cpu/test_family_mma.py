@@ -28,7 +28,7 @@ TOKENS = (1, 8, 9, 16, 33, 64, 1000)
 # The registry's offsets and bits in both number types, in the groups that are hardest, or scaled afterwards.
 KINDS = [(f.name, "exact", act) for f in FORMATS.values() if f.group_size == 32 for act in DTYPES]
 KINDS += [("u4b8g128", "deferred", "bf16"), ("u4zg128", "deferred", "f16"), ("u4zg128", "deferred", "bf16")]
-KINDS += [("u8b128g128", "deferred", "f16"), ("u8b128g128", "deferred", "bf16")]
+KINDS += [(name, "deferred", act) for name in ("u8b128g128", "e4m3g128") for act in DTYPES]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_scales_of_any_size(key: str, weight_format: str, act_dtype: str, tmp_pa
 
 
 @pytest.mark.parametrize("act_dtype", DTYPES)
-@pytest.mark.parametrize("weight_format", ["u4b8g64", "u4zg128", "u8b128g128"])
+@pytest.mark.parametrize("weight_format", ["u4b8g64", "u4zg128", "u8b128g128", "e4m3g128"])
 def test_whole_numbers_scaled_afterwards(weight_format: str, act_dtype: str, tmp_path: Path) -> None:
     """Codes less their zero points are exact, in bf16 too, and so is a weight's product with its scale in fp32."""
     dtype = getattr(torch, DTYPES[act_dtype].torch_name)

@@ -72,7 +72,7 @@ def test_a_converted_folder(tmp_path, method):
     assert direct.keys() == state.keys() and all(torch.equal(direct[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("method", ["gptq", "hqq"])
+@pytest.mark.parametrize("method", ["fp8", "gptq", "hqq"])
 def test_in_bfloat16(tmp_path, method):
     """Scales that are rounded to bf16 make another weight: that of the dense model in bf16, but for its rounding."""
     _, dense = write_checkpoint(tmp_path / "in", method, attention_bias=True)
@@ -263,13 +263,13 @@ def restored():
 
 
 @pytest.mark.usefixtures("restored")
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("method", ["awq", "fp8", "gptq"])
 def test_taking_over_lets_from_pretrained_itself_load_them(tmp_path, method):
     _, dense = write_checkpoint(tmp_path / "in", method)
     hf.take_over([method])
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "in"), dense)
-    with pytest.raises(ValueError, match="'fp8' is not read; known: awq, compressed-tensors, gptq, hqq"):
-        hf.take_over(["fp8"])
+    with pytest.raises(ValueError, match="'quip' is not read; known: awq, compressed-tensors, fp8, gptq, hqq"):
+        hf.take_over(["quip"])
 
 
 @pytest.mark.parametrize(

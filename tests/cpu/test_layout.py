@@ -29,6 +29,13 @@ TABLES = {
 }  # fmt: skip
 
 
+# What fp8 says of each code; nothing for NaN.
+E4M3 = torch.tensor([
+    (-1) ** (q >> 7) * ((8 + q % 8) * 2.0 ** ((q >> 3 & 15) - 10) if q >> 3 & 15 else q % 8 * 2.0**-9)
+    for q in range(256)
+], dtype=torch.float64)  # fmt: skip
+
+
 def random_weight(
     n: int, k: int, fmt: WeightFormat, seed: int = 0, dtype: torch.dtype = torch.float16
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +188,8 @@ def test_dequantize_rounds_as_the_table_of_formats_says(fmt, dtype):
     own = scales.double().view(64, 2, -1).repeat_interleave(fmt.group_size, 1)
     scale, offset = own[..., 0], own[..., 1] if fmt.has_offsets else torch.tensor(fmt.zero_point)
     # The difference is exact unless the zero point is not whole.
-    from_zero = (codes.double() - offset).to(dtype).double()
+    numbers = E4M3[codes.long()] if fmt.offset == "floats" else codes.double()
+    from_zero = (numbers - offset).to(dtype).double()
     exact = codes * scale + offset if fmt.offset == "minima" else from_zero * scale
     assert torch.equal(dequantize(codes, scales, fmt.name), exact.to(dtype))
     unrounded = gemm_reference(torch.eye(2 * fmt.group_size), codes, scales, fmt.name).T
@@ -196,6 +204,9 @@ def test_quantize_round_trips_representable_weights(fmt):
         groups[..., 0], groups[..., 1] = 0, 15
         scales[..., 0] = 2.0**-6
         scales[..., 1] = 5 if fmt.offset != "minima" else -5 * 2.0**-6
+    elif fmt.offset == "floats":
+        codes[:, :: fmt.group_size] = 0x7E  # 448
+        scales = torch.full_like(scales, 2.0**-6)
     else:
         codes.clamp_(1)  # absmax is 7 scales, or 127
         groups[..., 0] = 1
@@ -210,6 +221,10 @@ def test_quantize_is_close_and_beats_plain_absmax(fmt):
     codes, scales = quantize(weight, fmt.name)
     assert codes.dtype == torch.uint8 and int(codes.max()) < fmt.codes and scales.dtype == torch.float16
     error = (dequantize(codes, scales, fmt.name, torch.float32) - weight).norm() / weight.norm()
+    if fmt.offset == "floats":  # of each weight three bits behind the first are kept, and of the least ones some
+        far = dequantize(codes, scales, fmt.name, torch.float32) - weight
+        assert bool((far.abs() <= weight.abs() / 16 * 1.001 + scales.max() * 2**-10).all()) and error < 0.03
+        return
     groups = weight.view(128, -1, fmt.group_size)
     plain_scale = groups.abs().amax(-1, keepdim=True) / (fmt.codes / 2 - 1)
     plain = (groups / plain_scale).round() * plain_scale
@@ -250,6 +265,21 @@ def test_quantize_refuses_weights_a_scale_cannot_hold(value):
     weight[3, 5] = value
     with pytest.raises(ValueError, match=r"the largest weight is .* check the checkpoint"):
         quantize(weight)
+
+
+def test_e4m3_takes_any_size_of_weights_and_refuses_what_it_cannot_decode():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 1e-3
+    weight[:, :128] *= 1e7
+    weight[0, 0] = 60000
+    codes, scales = quantize(weight, "e4m3g128")
+    error = (dequantize(codes, scales, "e4m3g128", torch.float32) - weight).view(64, 2, 128).norm(dim=-1)
+    assert bool((error < 0.04 * weight.view(64, 2, 128).norm(dim=-1)).all())
+    for code in (0x7F, 0xFF):
+        with pytest.raises(ValueError, match=r"codes have NaN .* e4m3g128"):
+            pack(torch.full_like(codes, code), scales, "e4m3g128")
+    for scale in (256.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"the largest scale is .* holds those below 256"):
+            pack(codes, torch.full_like(scales, scale), "e4m3g128")
 
 
 def test_weights_that_a_minimum_cannot_hold_are_refused():

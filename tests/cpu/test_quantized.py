@@ -36,7 +36,8 @@ def test_dequantize(fields, weight):
         ({"codes": CODES.int()}, "needs torch.uint8"),
         ({"scales": SCALES[:, :1]}, r"scales have shape \[2, 1\]; n=2, k=4 in groups of 2 need \[2, 2\]"),
         ({"zeros": SCALES.T[:1]}, "zeros have shape"),
-        ({"zeros": SCALES, "minima": SCALES}, "not both"),
+        ({"zeros": SCALES, "minima": SCALES}, "not two of these"),
+        ({"zeros": SCALES, "is_float": True}, "not two of these"),
         ({"order": torch.tensor([0, 1, 1, 3])}, "not a permutation of the 4"),
     ],
 )

@@ -33,6 +33,7 @@ struct Config {
   static constexpr int kMaxRegisters = 128;
 };
 #include "marlin_gen/dequant.cuh"
+#include "marlin_gen/dequant_e4m3.cuh"
 #include "marlin_gen/ptx/cluster.cuh"
 #include "marlin_gen/ptx/cp_async.cuh"
 #include "marlin_gen/ptx/grid.cuh"

@@ -47,6 +47,7 @@ struct Config {
 // have no lifts there are fewer instructions a weight below 64 tokens.
 
 #include "marlin_gen/dequant.cuh"
+#include "marlin_gen/dequant_e4m3.cuh"
 #include "marlin_gen/ptx/cluster.cuh"
 #include "marlin_gen/ptx/global.cuh"
 #include "marlin_gen/ptx/grid.cuh"

@@ -85,7 +85,8 @@ def unrounded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> t
     scales = scales.double().view(codes.shape[0], -1, fmt.scale_values).repeat_interleave(fmt.group_size, dim=1)
     if fmt.offset == "minima":
         return codes * scales[..., 0] + scales[..., 1]
-    return (codes.double() - (scales[..., 1] if fmt.has_offsets else fmt.zero_point)) * scales[..., 0]
+    numbers = codes.view(torch.float8_e4m3fn) if fmt.offset == "floats" else codes
+    return (numbers.double() - (scales[..., 1] if fmt.has_offsets else fmt.zero_point)) * scales[..., 0]
 
 
 @pytest.mark.parametrize("m", [1, 5, 40, 300])

@@ -13,7 +13,7 @@
 // bits higher), 1024 of fp16 or 128 of bf16, that power is subtracted, together with the zero point where it is whole, before the scale is
 // applied: (1024 + q) * s - 1032 * s would round 1032 * s, an error of up to half a quantisation step. Alone in the mantissa it is a
 // subnormal number, the code times the type's least; one multiply-add lifts it and subtracts the zero point. bf16 has the range for that;
-// fp16 does where each row has a lift (layout.py): `Lifted`.
+// fp16 does where each row has a lift (layout.py): `Lifted`. Codes that are fp8 numbers become wider ones by moving their bits.
 #pragma once
 #include "marlin_gen/number.cuh"
 #include "marlin_gen/ptx/half.cuh"
@@ -21,15 +21,18 @@
 
 namespace marlin_gen {
 
+// Whether each group has more than a scale.
+__host__ __device__ constexpr bool has_offsets(Offset offset) { return offset != Offset::kConstant && offset != Offset::kFloats; }
+
 // What lies in shared memory for rows g and g + 8 of a group: both scales, and each value twice. The offset is as layout.py packs it: what
 // decoding adds to or subtracts from the codes where zero points are whole, else the zero point or minimum itself.
 template <Offset kOffset>
 struct ScalePair {
-  static constexpr int kBytes = kOffset == Offset::kConstant ? 4 : 8;
+  static constexpr int kBytes = has_offsets(kOffset) ? 8 : 4;
   u32 scales, scale_g, scale_g8, offset_g, offset_g8;
 
   __device__ static __forceinline__ ScalePair load(u32 address) {
-    if constexpr (kOffset == Offset::kConstant) {
+    if constexpr (!has_offsets(kOffset)) {
       u32 const pair = ptx::ld_shared_u32(address);
       return {pair, ptx::duplicate_low(pair), ptx::duplicate_high(pair), 0, 0};
     } else {
@@ -73,8 +76,8 @@ __device__ __forceinline__ u32 subnormal(u32 const* word, int i) {
   return ptx::prmt(word[i / 2], 0, i % 2 ? 0x5352 : 0x5150);
 }
 
-// Whether what is subtracted from codes is a whole number, so that the difference is exact.
-__host__ __device__ constexpr bool is_whole(Offset offset) { return offset == Offset::kConstant || offset == Offset::kZeros; }
+// Whether what scales multiply is exact: a whole number, for what is subtracted from codes is one, or an fp8 number.
+__host__ __device__ constexpr bool is_whole(Offset offset) { return offset != Offset::kFractions && offset != Offset::kMinima; }
 
 template <class Number, int kBits, Offset kOffset>
 struct Decoder;

@@ -27,7 +27,8 @@ enum class Offset {
   kConstant,   // nothing: one zero point for all
   kZeros,      // a whole zero point
   kFractions,  // a zero point that need not be whole
-  kMinima      // the weight of code 0
+  kMinima,     // the weight of code 0
+  kFloats      // nothing: codes are floating-point numbers
 };
 
 struct alignas(8) u32x2 {

@@ -35,7 +35,10 @@ inline float high_f32(u32 p) { return half(p, 1); }
 inline u32 prmt(u32 a, u32 b, u32 selector) {
   u64 const bytes = u64(b) << 32 | a;
   u32 d = 0;
-  for (int i = 0; i < 4; ++i) d |= u32(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  for (int i = 0; i < 4; ++i) {
+    u32 const byte = bytes >> (selector >> 4 * i & 7) * 8 & 0xff, sign = byte >> 7 ? 0xff : 0;
+    d |= (selector >> 4 * i & 8 ? sign : byte) << 8 * i;
+  }
   return d;
 }
 
