@@ -19,7 +19,7 @@ trap 'rm -rf "$unseen"' EXIT
 for stage in $stages; do
   case $stage in
     tune | formats | bench | models | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
-    transfer) : "${TRANSFER_FROM:?is to name the folder of another GPU's table}" ;;
+    transfer) : "${TRANSFER_FROM:?is to name the table of another GPU}" ;;
     real) ;;
     *) echo "unknown stage '$stage'; known: $all transfer real" >&2; exit 2 ;;
   esac

@@ -87,7 +87,7 @@ def test_a_shape_is_judged_by_the_formats_asked_for():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--format", "u3g7"], "--format 'u3g7': unknown weight format 'u3g7'; known: u4b8g128"),
+        (["--format", "u3g7"], "--format 'u3g7': unknown weight format 'u3g7'; known: e4m3g128"),
         (["--format", ","], "--format ',' names nothing; known: u4b8g128"),
         (["--dtype", "f8"], "--dtype 'f8': unsupported activation dtype 'f8'; known: "),
     ],

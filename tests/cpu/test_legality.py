@@ -49,7 +49,7 @@ def test_legal_configs_fit_the_hardware(family, arch, fmt):
     if family.name == "wgmma" and not arch.has_wgmma:
         assert not configs
         return
-    assert len(configs) > 50, "the axes should mostly miss nothing but combinations"
+    assert len(configs) > 40, "the axes should mostly miss nothing but combinations"
     for config in configs:
         threads, smem = family.threads(config), family.smem_bytes(config, fmt)
         assert threads % 32 == 0 and 32 <= threads <= 1024, config.key

@@ -55,6 +55,8 @@ def every_zero(weight_format: str, dtype: torch.dtype) -> tuple[torch.Tensor, to
     """Codes, and scales that both types hold with all zero points, or other offsets, from 0 to 16."""
     fmt = FORMATS[weight_format]
     codes = torch.randint(0, fmt.codes, (128, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if fmt.offset == "floats":
+        codes[codes & 0x7F == 0x7F] = 0  # NaN, which pack refuses
     scales = (1 + torch.arange(128 * (256 // fmt.group_size)).view(128, -1) % 7) / 64
     zeros = torch.arange(scales.numel()).view_as(scales) % 17
     return codes, (torch.stack([scales, zeros], -1) if fmt.has_offsets else scales).to(dtype)
