@@ -37,6 +37,14 @@ def _gpu(device: torch.device | str | int | None) -> Gpu | None:
     return identify(chosen.index if chosen.index is not None else torch.cuda.current_device())
 
 
+def _gathers_on(backend: str, device: torch.device | str | int | None) -> torch.device:
+    """Where a group gathers: with NCCL alone on the rank's own GPU, the current one or ``device``."""
+    if "nccl" not in backend or "cpu:" in backend:
+        return torch.device("cpu")
+    asked = torch.device("cuda" if device is None else device)
+    return asked if asked.type == "cuda" else torch.device("cuda")
+
+
 def check_ranks(group: Any = None, device: torch.device | str | int | None = None) -> str:
     """``table_hash``, compared over the ranks of ``group`` (default: all) of torch.distributed; every rank calls it.
 
@@ -53,10 +61,7 @@ def check_ranks(group: Any = None, device: torch.device | str | int | None = Non
     except Exception as error:  # the other ranks wait for this one's answer all the same
         mine, failure = _NONE, error
     # As bytes: gathering objects would unpickle what other ranks send.
-    on = torch.device("cpu")
-    if distributed.get_backend(group) == "nccl":  # which gathers on the rank's own GPU: the current one, or ``device``
-        asked = torch.device("cuda" if device is None else device)
-        on = asked if asked.type == "cuda" else torch.device("cuda")
+    on = _gathers_on(str(distributed.get_backend(group)), device)
     own = torch.tensor(list(bytes.fromhex(mine)), dtype=torch.uint8, device=on)
     everyone = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(everyone, own, group=group)

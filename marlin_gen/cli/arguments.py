@@ -86,6 +86,8 @@ def work(
         if name.strip()
         for layer in model_shapes(name.strip(), ranks(tp), strictest)
     ]
+    if not model and ranks(tp) != (1,):
+        raise ValueError(f"--tp {tp} is of --model's layers; give --shapes as each rank has them")
     asked += [LayerShape("", *parse_shape(word, strictest)) for word in (shapes or "").split(",") if word.strip()]
     if not asked:
         raise ValueError("nothing to do: give --model (a preset or a config.json), or --shapes 4096x4096,...")

@@ -47,6 +47,8 @@ def bench(
     folder = next((found.folder for found in dispatcher.tables if found.folder), Path())
     paths = {kind: csv or folder / benching.file_name(*kind) for kind in work.kinds}
     path = next(iter(paths.values()))
+    if path.is_dir():
+        raise ValueError(f"--csv {path} is a folder; name a file in it")
     arguments.check_writable(path.parent, f"--csv {path}")
 
     rows: list[BenchRow] = []

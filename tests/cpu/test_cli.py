@@ -235,6 +235,8 @@ def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording
     assert main(["bench", "--model", "tiny", "--tokens", "1", "--csv", str(home / "file" / "bench.csv")]) == 2
     said = f"error: --csv {home}/file/bench.csv cannot be written (File exists); name another folder\n"
     assert capsys.readouterr().err == said
+    assert main(["bench", "--model", "tiny", "--tokens", "1", "--csv", str(home)]) == 2
+    assert capsys.readouterr().err == f"error: --csv {home} is a folder; name a file in it\n"
 
 
 def squeezed(text):
@@ -321,6 +323,7 @@ def test_doctor_says_what_a_replay_needs(capsys):
         (["tune", "--model", "tiny", "--device", "gpu"], "'gpu' is not auto"),
         (["tune", "--model", "tiny", "--device", "replay:b300"], "'b300'"),
         (["tune", "--model", "llama-3.1-8b", "--tp", "0"], "--tp '0'"),
+        (["tune", "--shapes", "4096x4096", "--tp", "2"], "--tp 2 is of --model's layers; give --shapes as"),
         (["tune", "--model", "llama-3.1-8b", "--tp", "²"], "--tp '²'"),
         (["render", "mma-what"], "'mma-what'"),
         (["render", "mma-m8n32k64-w1x16-s400-b1-c1-tiles-exact"], "num_stages=400"),

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import tables
+import torch
 from tables import A100, H100, mma, row
 
 import marlin_gen
+from marlin_gen import ranks
 from marlin_gen.dispatch import Dispatcher, digest
 from marlin_gen.table import DispatchTable, TableWarning
 
@@ -27,6 +29,18 @@ def test_the_hash_is_of_what_decides_and_not_of_where_it_lies(tmp_path):
     assert digest([one]) == digest([other]) == digest([DispatchTable.load(one.folder)])
     renamed = replace(one, gpu=replace(one.gpu, name="OEM 80GB"))
     assert digest([renamed]) == digest([one])
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "on"),
+    [
+        ("gloo", None, "cpu"), ("undefined", None, "cpu"), ("cpu:gloo,cuda:nccl", 1, "cpu"), ("nccl", None, "cuda"),
+        ("cuda:nccl", None, "cuda"), ("nccl", "cuda:1", "cuda:1"), ("cuda:nccl", "cpu", "cuda"),
+    ],
+)  # fmt: skip
+def test_bytes_are_gathered_where_the_group_can(backend, device, on):
+    """"undefined": of a group that was made without naming one, which has gloo for the CPU."""
+    assert ranks._gathers_on(backend, device) == torch.device(on)
 
 
 def test_the_hash_changes_with_anything_that_decides(tmp_path):
