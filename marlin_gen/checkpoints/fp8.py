@@ -36,6 +36,8 @@ def floats(layer: Layer, scale_name: str, block: tuple[int, int] | list[int] | N
     if block is None and scales is not None and scales.numel() in (1, n):
         layer = Layer(layer.name, {scale_name: scales.reshape(-1, 1)}, layer.settings)
         block = (n // scales.numel(), k)
+    if block is not None and not (len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise layer.error(f"its weight is scaled in blocks of {block!r}, which is not [rows, columns]")
     rows, columns = block or (1, k)
     scales = layer.scales(scale_name, (-(-n // rows), -(-k // columns)))
     group_size = gcd(columns, k)  # the last block of a row may be narrower

@@ -186,6 +186,8 @@ def with_value(value, *index):
         (BLOCKS, scheme(strategy="tensor_group"), "strategy is 'tensor_group'"),
         (BLOCKS, scheme(strategy="channel"), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 1\]"),
         (BLOCKS, scheme(strategy="group", group_size=64), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 4\]"),
+        (BLOCKS, scheme(block_structure="48x128"), "its weight is scaled in blocks of '48x128', which is not"),
+        (BLOCKS, scheme(block_structure=[48, 0]), r"its weight is scaled in blocks of \[48, 0\], which is not"),
         (BLOCKS, scheme(block_structure=[64, 128]), r"weight_scale is torch.bfloat16 \[2, 2\].* \[1, 2\]"),
         (BLOCKS, changed(weight=lambda t: t.float()), r"weight is torch.float32 \[64, 256\], not torch.float8_e4m3fn"),
         (BLOCKS, changed(weight=None), "weight is missing"),
