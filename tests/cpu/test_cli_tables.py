@@ -274,7 +274,7 @@ def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):
     ("words", "message"),
     [
         (["export", "--gpu", "h100", "--out", "x", "--regret", "much"], "--regret 'much' is not a percentage"),
-        (["export", "--gpu", "h100", "--out", "x", "--format", "u4fg32"], "has no row for u4fg32; it has u4b8g128 "),
+        (["export", "--gpu", "h100", "--out", "x", "--format", "u4fg32"], "has no row for u4fg32; it has e4m3g128 "),
         (["import", "nowhere.zip"], "no such file: nowhere.zip"),
         (["verify", "--device", "replay:h100", "--rows", "0"], "--rows 0"),
         (["diff", "nowhere", "nowhere"], "no such file: nowhere"),
