@@ -183,9 +183,12 @@ def _recordings() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = env.cache_dir()
-    above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     fix = "set MARLIN_GEN_CACHE_DIR to a folder you can write"
+    try:
+        folder = env.cache_dir()
+    except OSError as error:
+        return Finding("cache folder", False, str(error), fix, ("tune", "replay"))
+    above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not os.access(above, os.W_OK):
         return Finding("cache folder", False, f"{folder} cannot be written", fix, ("tune", "replay"))
     free = shutil.disk_usage(above).free

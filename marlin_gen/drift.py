@@ -76,4 +76,4 @@ def _timed(measurer: Measurer, row: TableRow, artifact: Artifact) -> Drift:
         yardsticks, measured = measurer.compare(row.problem, entries)
     except (LaunchError, ValueError):  # the kernel crashes, or a recording that has no yardsticks
         yardsticks, measured = None, measurer.finals(row.problem, entries)
-    return Drift(row, measured[0] if measured else None, yardsticks)
+    return Drift(row, measured[0], yardsticks) if measured else Drift(row, None)

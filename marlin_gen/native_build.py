@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from marlin_gen import env
@@ -87,7 +88,10 @@ def cached(folder: Path) -> Path:
 def candidates() -> list[Path]:
     """The libraries that may be there already, the one that came with the package first."""
     folder = env.native_dir()
-    return [path for path in (folder / LIBRARY, carried(folder), cached(folder)) if os.path.isfile(path)]
+    places = [folder / LIBRARY, carried(folder)]
+    with suppress(OSError):  # a user without a home folder has no cache
+        places.append(cached(folder))
+    return [path for path in places if os.path.isfile(path)]
 
 
 def carried(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 
 from marlin_gen.formats import DEFAULT_FORMAT, WeightFormat
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import PackedWeight, check_scales, unpack
+from marlin_gen.layout import SCALE_LIMIT, PackedWeight, check_scales, unpack
 from marlin_gen.problem import check_shape
 
 # A group's scale is absmax / divisor for the divisor with the least squared error. 7 (of 4 bits) clips nothing; 8 and
@@ -61,7 +61,7 @@ def _quantize_groups(
     """fp32 [rows, groups, group_size] to codes of the same shape and scales [rows, groups]."""
     absmax = _checked_absmax(groups, fmt)
     if fmt.offset == "floats":
-        scale = (absmax / _LARGEST_FLOAT).clamp_min(_SMALLEST_FLOAT_SCALE).to(dtype)
+        scale = (absmax / _LARGEST_FLOAT).clamp(_SMALLEST_FLOAT_SCALE, SCALE_LIMIT).to(dtype)
         floats = (groups / scale.float()[..., None]).clamp_(-_LARGEST_FLOAT, _LARGEST_FLOAT).to(_FLOAT)
         return floats.view(torch.uint8), scale
     best_error = torch.full_like(absmax, float("inf"))

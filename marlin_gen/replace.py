@@ -58,7 +58,12 @@ def quantize_model(
     found = Replacements(weight_format)
     owners = _owners(model)
     # Of transformers' models: such a layer's activations are float32, or cast to its weight's type (T5's wo).
-    kept = [one for key in ("", "_strict") for one in getattr(model, f"_keep_in_fp32_modules{key}", None) or ()]
+    kept = [
+        (f"{above}.".lstrip("."), one)
+        for above, module in model.named_modules()
+        for key in ("", "_strict")
+        for one in getattr(module, f"_keep_in_fp32_modules{key}", None) or ()
+    ]
     made: dict[int, QuantLinear] = {}
     for name, linear in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(linear, nn.Linear):
@@ -67,7 +72,8 @@ def quantize_model(
         reason = _skip_reason(name, linear, patterns, owners)
         if reason is None and isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
             reason = "is read by its TransformerEncoderLayer, past its forward"
-        if reason is None and any(f".{one}." in f".{name}.weight." for one in kept):
+        below = ((f".{name.removeprefix(above)}.weight.", one) for above, one in kept if name.startswith(above))
+        if reason is None and any(f".{one}." in path for path, one in below):
             reason = "is one that its model keeps in float32"
         if reason is None and id(linear) not in made:
             try:

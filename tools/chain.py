@@ -62,6 +62,8 @@ def projections(model: str, m: int) -> Problems:
     """The four products of one decoder block; a ValueError for a model that is not a dense decoder."""
     config, source = load_config(model)
     shapes = {name: layer for layer in layer_shapes(config, source=source) for name in layer.name.split("+")}
+    if missing := [name for name in PROJECTIONS if name not in shapes]:
+        raise ValueError(f"{source} has no {missing[0]}: blocks without a gate are not timed here")
     return {name: Problem(shapes[name].n, shapes[name].k, m) for name in PROJECTIONS}
 
 

@@ -34,7 +34,8 @@ def _section(path: Path) -> str:
     rows = read_csv(path)
     tflops = attainable_tflops(table.gpu)
     lines = [
-        f"**{table.gpu.name}** ({provenance(table)}). {_what(rows)} [Every cell](tuned/{path.parent.name}/bench.csv).",
+        f"**{table.gpu.name}** (newest tune of the table: {provenance(table)}). {_what(rows)}"
+        f" [Every cell](tuned/{path.parent.name}/bench.csv).",
         "",
         "| regime | cells | speedup over cuBLAS fp16 | worst cell | fraction of the roofline | worst cell"
         " | chained | worst cell |",

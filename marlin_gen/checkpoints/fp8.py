@@ -32,11 +32,14 @@ def floats(layer: Layer, scale_name: str, block: tuple[int, int] | list[int] | N
     """The weight of ``layer``'s tensor "weight", scaled in blocks of (rows, columns); None: as a whole, or by row."""
     codes = layer.tensor("weight", (torch.float8_e4m3fn,), (None, None)).view(torch.uint8)
     n, k = codes.shape
+    if bool((codes & 0x7F == 0x7F).any()):
+        raise layer.error("weight has NaN (0x7f, 0xff); the checkpoint is damaged: copy it anew or quantise again")
     scales = layer.tensors.get(scale_name)
-    if block is None and scales is not None and scales.numel() in (1, n):
+    if block is None and scales is not None and tuple(scales.shape) in ((), (1,), (1, 1), (n,), (n, 1)):
         layer = Layer(layer.name, {scale_name: scales.reshape(-1, 1)}, layer.settings)
         block = (n // scales.numel(), k)
-    if block is not None and not (len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+    sizes = block if isinstance(block, list | tuple) else ()
+    if block is not None and not (len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)):
         raise layer.error(f"its weight is scaled in blocks of {block!r}, which is not [rows, columns]")
     rows, columns = block or (1, k)
     scales = layer.scales(scale_name, (-(-n // rows), -(-k // columns)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 # Last parts of the names that only a quantised layer has, by ``quant_method``.
@@ -15,11 +15,12 @@ MARKS: dict[str, frozenset[str]] = {
 }
 
 
-def quantised_layers(names: Iterable[str], method: Any) -> dict[str, list[str]]:
+def quantised_layers(names: Iterable[str], method: Any, floats: Container[str] = ()) -> dict[str, list[str]]:
     """{layer: the last parts of its tensors' names, its bias left out}, in the order of ``names``.
 
     A layer counts as quantised when it has any tensor that only such layers have, so that one whose codes are missing
-    is read, and refused by name, and not taken for plain tensors. ValueError for an unknown ``quant_method``.
+    is read, and refused by name, and not taken for plain tensors; so with any of ``floats``, the tensors in fp8, which
+    are no weight without a scale. ValueError for an unknown ``quant_method``.
     """
     if method not in MARKS:
         raise ValueError(f"quant_method is {method!r}; known: {', '.join(sorted(MARKS))}")
@@ -30,5 +31,5 @@ def quantised_layers(names: Iterable[str], method: Any) -> dict[str, list[str]]:
     return {
         layer: [last for last in lasts if last != "bias"]
         for layer, lasts in parts.items()
-        if layer and MARKS[method].intersection(lasts)
+        if layer and (MARKS[method].intersection(lasts) or any(f"{layer}.{last}" in floats for last in lasts))
     }

@@ -33,11 +33,14 @@ def to_packed(weight: QuantizedWeight, name: str = "weight", dtype: torch.dtype 
             worst = float((rounded[key].double() - value.double()).abs().max())
             raise ValueError(
                 f"{name} has {key} in {value.dtype} that {target} does not hold, off by up to {worst:.1e};"
-                f" give dtype={target} to round them"
+                f" give dtype={target} to round them, or that of the model (convert: --dtype)"
             )
     scales = torch.stack([*rounded.values()], -1) if fmt.has_offsets else rounded["scales"]
     scales = scales.repeat_interleave(weight.group_size // fmt.group_size, dim=1)
-    return replace(pack(weight.codes, scales, fmt.name), order=weight.order)
+    try:
+        return replace(pack(weight.codes, scales, fmt.name), order=weight.order)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _format_of(weight: QuantizedWeight, name: str) -> WeightFormat:

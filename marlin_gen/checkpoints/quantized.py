@@ -11,8 +11,8 @@ import torch
 class QuantizedWeight:
     """``weight[row, order[column]] = (codes[row, column] - zero) * scale [+ minimum]``, exactly as the checkpoint says.
 
-    Zero, scale and minimum are those of the row and of the column's group of ``group_size`` neighbours. All tensors are
-    on one device.
+    Zero, scale and minimum are those of the row and of the column's group of ``group_size`` neighbours; of ``is_float``
+    codes the weight is ``e4m3(code) * scale``. All tensors are on one device.
     """
 
     codes: torch.Tensor  # uint8 [n, k], 0 .. 2 ** bits - 1
@@ -20,7 +20,7 @@ class QuantizedWeight:
     bits: int
     group_size: int
     # In units of a code: uint8 where the checkpoint has whole numbers, floating where it has not; [n, k / group_size].
-    # None: 2 ** (bits - 1) everywhere.
+    # None: 2 ** (bits - 1) everywhere, and with ``is_float`` nothing.
     zeros: torch.Tensor | None = None
     minima: torch.Tensor | None = None  # floating [n, k / group_size], in units of the weight; then there are no zeros
     order: torch.Tensor | None = None  # int64 [k]: which input feature each column of codes is; None: its own number

@@ -66,7 +66,8 @@ def _open_folder(folder: Path) -> Source:
             where[name] = file
             sizes[name] = entry["data_offsets"][1] - entry["data_offsets"][0]
             types[name] = entry["dtype"]
-    layers = quantised_layers(where, quantization.get("quant_method"))
+    floats = {name for name, kind in types.items() if kind.startswith("F8_")}
+    layers = quantised_layers(where, quantization.get("quant_method"), floats)
     if not layers:
         method = quantization.get("quant_method")
         raise ValueError(f"{folder} has no tensor of a {method!r} layer: is its quantization_config the right one?")

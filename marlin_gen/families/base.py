@@ -136,7 +136,7 @@ def reject_format(fmt: WeightFormat, dequant: str) -> str | None:
         return f"weight format {fmt.name} is not in groups of 32 or of a multiple of 64"
     if dequant == "deferred" and (fmt.group_size % 64 or fmt.offset in ("fractions", "minima")):
         return (
-            f"dequant=deferred scales sums of whole numbers, of 64 k and more; {fmt.name} has finer groups, or"
+            f"dequant=deferred scales sums of exact numbers, of 64 k and more; {fmt.name} has finer groups, or"
             " offsets with fractions"
         )
     return None

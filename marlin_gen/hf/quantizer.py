@@ -77,7 +77,8 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         assert config.source is not None
         entries = header_entries(checkpoint_files)
         method = config.source.get("quant_method")
-        layers = quantised_layers(entries, method)
+        floats = {name for name, (kind, _) in entries.items() if kind.is_floating_point and kind.itemsize == 1}
+        layers = quantised_layers(entries, method, floats)
         if not layers:
             keys = [key for key in ("checkpoint_format", "format") if key in config.source]
             said = "".join(f" ({key} {config.source[key]!r})" for key in keys)

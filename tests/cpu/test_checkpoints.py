@@ -187,6 +187,8 @@ def with_value(value, *index):
         (BLOCKS, scheme(strategy="channel"), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 1\]"),
         (BLOCKS, scheme(strategy="group", group_size=64), r"weight_scale is torch.bfloat16 \[2, 2\].* \[64, 4\]"),
         (BLOCKS, scheme(block_structure="48x128"), "its weight is scaled in blocks of '48x128', which is not"),
+        (BLOCKS, scheme(block_structure=48), "its weight is scaled in blocks of 48, which is not"),
+        (BLOCKS, changed(weight=lambda t: t.view(torch.uint8).fill_(255).view(t.dtype)), "weight has NaN"),
         (BLOCKS, scheme(block_structure=[48, 0]), r"its weight is scaled in blocks of \[48, 0\], which is not"),
         (BLOCKS, scheme(block_structure=[64, 128]), r"weight_scale is torch.bfloat16 \[2, 2\].* \[1, 2\]"),
         (BLOCKS, changed(weight=lambda t: t.float()), r"weight is torch.float32 \[64, 256\], not torch.float8_e4m3fn"),
@@ -346,6 +348,19 @@ def test_fp8_without_blocks(name, scales):
     weight = torch.randn(6, 10).to(torch.float8_e4m3fn)
     found = read_layer({"weight": weight, name: scales, "input_scale": torch.ones(1)}, {"quant_method": "fp8"}, "layer")
     assert torch.equal(found.dequantize(), weight.double() * scales.double().reshape(-1, 1))
+
+
+def test_a_grid_of_as_many_scales_as_rows_is_no_column():
+    weight = torch.randn(128, 256).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"weight_scale_inv is torch.float32 \[8, 16\], not .* \[128, 1\]"):
+        read_layer({"weight": weight, "weight_scale_inv": torch.rand(8, 16)}, {"quant_method": "fp8"}, "layer")
+
+
+def test_a_scale_that_is_too_large_is_named_with_its_layer():
+    tensors = {"weight": torch.ones(64, 128).to(torch.float8_e4m3fn), "weight_scale": torch.full((1,), 300.0)}
+    weight = read_layer(tensors, {"quant_method": "fp8"}, "layer")
+    with pytest.raises(ValueError, match=r"^q_proj: the largest scale is 300.0; e4m3g128 holds those up to 146"):
+        to_packed(weight, "q_proj")
 
 
 def test_fp8_as_transformers_dequantises_it():

@@ -213,6 +213,7 @@ def without(key):
         ("gptq", without("qweight"), f"{LAYER}: qweight is missing"),
         ("awq", without("qzeros"), f"{LAYER}: qzeros is missing"),
         ("compressed-tensors", without("weight_shape"), f"{LAYER}: weight_shape is missing"),
+        ("fp8", without("weight_scale_inv"), f"{LAYER}: weight_scale_inv is missing; the layer has weight"),
         ("awq", lambda layer, t: {**t, "scales": t["scales"][1:]} if layer == LAYER else None, f"{LAYER}: scales is"),
     ],
 )  # fmt: skip

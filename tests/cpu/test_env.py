@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from marlin_gen import env
+from marlin_gen import doctor, env, native_build
 
 SOURCE = Path(env.__file__)
 
@@ -40,6 +40,9 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     for folder, variable in ((env.cache_dir, "XDG_CACHE_HOME"), (env.user_data_dir, "XDG_DATA_HOME")):
         with pytest.raises(FileNotFoundError, match=f"no home folder; set HOME, or {variable} to an absolute path"):
             folder()
+    assert all(path.is_file() for path in native_build.candidates())  # serving looks for it at every first call
+    finding = next(one for one in doctor.examine()[1] if one.name == "cache folder")
+    assert not finding.ok and "no home folder" in finding.found and "MARLIN_GEN_CACHE_DIR" in finding.fix
 
 
 def test_choices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

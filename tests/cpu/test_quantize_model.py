@@ -142,7 +142,7 @@ def test_what_a_model_of_transformers_keeps_in_float32_is_left():
     config = transformers.T5Config(vocab_size=128, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
     made = transformers.T5EncoderModel(config).half().eval()
     expected = made(IDS).last_hidden_state
-    found = quantize_model(made)
+    found = quantize_model(nn.ModuleDict({"text": made}))  # a part of a model as well
     assert len(found.replaced) == 2 * 5
     assert set(found.skipped.values()) == {"is one that its model keeps in float32"}
     assert 0 < (made(IDS).last_hidden_state - expected).norm() / expected.norm() < 0.3
