@@ -160,7 +160,8 @@ def test_results_of_a_bench_name_gpu_date_and_figures(tmp_path):
         BenchRow(4096, 4096, m, "u4b8g128", "f16", 5.0, 4.9, 5.1, plan, 4.0, 15.0, 2.2e-4, 4.5) for m in (1, 2)
     ])  # fmt: skip
     text = tool.results(tmp_path)
-    assert text.startswith("**NVIDIA H100 80GB HBM3** (2025-01-02, torch 2.13.0). n x k = 4096x4096; m = 1 to 2.")
+    tuned = "(newest tune of the table: 2025-01-02, torch 2.13.0)"
+    assert text.startswith(f"**NVIDIA H100 80GB HBM3** {tuned}. n x k = 4096x4096; m = 1 to 2.")
     assert "| decode, m 1-16 | 2 | 3.00x | 3.00x | 0.80 | 0.80 |" in text
 
 
