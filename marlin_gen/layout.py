@@ -135,9 +135,14 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     )
 
 
+def is_nan(codes: torch.Tensor) -> torch.Tensor:
+    """Which codes (uint8) of e4m3 are no number."""
+    return codes & 0x7F == 0x7F
+
+
 def _check_floats(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> None:
-    """A ValueError for codes that are no number, and scales that kernels cannot multiply by 2^8 or 2^120."""
-    if bool((codes & 0x7F == 0x7F).any()):
+    """A ValueError for codes that are no number, and for scales by which a weight might not be finite."""
+    if bool(is_nan(codes).any()):
         raise ValueError(f"codes have NaN (0x7f, 0xff), which {fmt.name} does not hold; check the checkpoint")
     if not bool((scales.abs() <= SCALE_LIMIT).all()):
         worst = scales.abs().max().item()

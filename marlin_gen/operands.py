@@ -10,7 +10,7 @@ import torch
 from marlin_gen.formats import WeightFormat
 from marlin_gen.formats import dtype as dtype_row
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import pack
+from marlin_gen.layout import is_nan, pack
 from marlin_gen.reference import gemm_reference
 
 ROTATE_L2S = 5  # the distinct copies of a weight are this many times the L2 cache
@@ -28,7 +28,7 @@ def random_weight(
     made: dict[str, Any] = {"device": device, "generator": generator}
     codes = torch.randint(0, fmt.codes, (n, k), dtype=torch.uint8, **made)
     if fmt.offset == "floats":
-        codes[codes & 0x7F == 0x7F] = 0  # NaN
+        codes[is_nan(codes)] = 0
     scales = (torch.rand(n, k // fmt.group_size, **made) * 0.02 + 0.005) * 16 / fmt.codes
     if fmt.has_lifts:
         scales *= 2.0 ** torch.randint(-1, 2, (n, 1), **made)

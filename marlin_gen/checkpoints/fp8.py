@@ -10,6 +10,7 @@ Proved against ``dequantize`` of transformers 5.24.0: tests/cpu/test_checkpoints
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from marlin_gen.checkpoints.layer import Layer
 from marlin_gen.checkpoints.quantized import QuantizedWeight
+from marlin_gen.layout import is_nan
 
 
 def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> QuantizedWeight:
@@ -32,11 +34,11 @@ def floats(layer: Layer, scale_name: str, block: tuple[int, int] | list[int] | N
     """The weight of ``layer``'s tensor "weight", scaled in blocks of (rows, columns); None: as a whole, or by row."""
     codes = layer.tensor("weight", (torch.float8_e4m3fn,), (None, None)).view(torch.uint8)
     n, k = codes.shape
-    if bool((codes & 0x7F == 0x7F).any()):
+    if bool(is_nan(codes).any()):
         raise layer.error("weight has NaN (0x7f, 0xff); the checkpoint is damaged: copy it anew or quantise again")
     scales = layer.tensors.get(scale_name)
     if block is None and scales is not None and tuple(scales.shape) in ((), (1,), (1, 1), (n,), (n, 1)):
-        layer = Layer(layer.name, {scale_name: scales.reshape(-1, 1)}, layer.settings)
+        layer = replace(layer, tensors={scale_name: scales.reshape(-1, 1)})
         block = (n // scales.numel(), k)
     sizes = block if isinstance(block, list | tuple) else ()
     if block is not None and not (len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)):

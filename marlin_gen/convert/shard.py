@@ -20,10 +20,11 @@ import torch
 KEY = "marlin_gen"  # in the file's metadata: a JSON object of ours
 ALIGNMENT = 64  # bytes: a tensor in a memory map begins at a multiple, as kernels and vector loads like it
 _CHUNK = 1 << 24
-_DTYPES = {
+DTYPES = {  # as safetensors names them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class ShardWriter:
 
         ValueError for a type that safetensors does not have.
         """
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"tensor {name!r} is {tensor.dtype}, which safetensors files written here do not hold")
         if tensor.nbytes % ALIGNMENT:
             self._odd.append((name, tensor))
@@ -73,7 +74,7 @@ class ShardWriter:
         self._file.write(data)
         self._digest.update(data)
         self._entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._end, self._end + len(data)],
         }

@@ -11,14 +11,10 @@ from torch import nn
 
 from marlin_gen.checkpoints import read_layer
 from marlin_gen.checkpoints.fallback import Unheld, packed_or_dense
-from marlin_gen.convert.shard import read_header
+from marlin_gen.convert.shard import DTYPES, read_header
 from marlin_gen.nn import QuantLinear
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+_DTYPES = {name: kind for kind, name in DTYPES.items()}
 
 Entries = dict[str, tuple[torch.dtype, list[int]]]
 

@@ -99,7 +99,7 @@ static_assert(Config::kThreads == 32 * Config::kWarpsN * Config::kWarpsK, "the h
 static_assert(kRowBlockBytes == 16 * kSliceK * Config::kBits / 8, "the decoder reads other codes");
 static_assert(Config::kOffset != Offset::kConstant || Decode::kZeroPoint == Config::kZeroPoint, "the decoder subtracts another zero point");
 static_assert(Config::kGroupSize % kSliceK == 0 || kSliceK % Config::kGroupSize == 0, "a slice holds whole groups, or lies in one");
-static_assert(!kDeferred || (kSliceGroups == 1 && is_whole(Config::kOffset)), "deferred: sums of whole numbers, a slice scaled as a whole");
+static_assert(!kDeferred || (kSliceGroups == 1 && has_exact_numbers(Config::kOffset)), "deferred: sums of exact numbers, a slice scaled as a whole");
 static_assert(kRowBlocks * kScaleLanes <= 32, "a lane copies 16 bytes of scales at most");
 static_assert(Config::kGroupSize % Config::kBlockK == 0 || Config::kBlockK % Config::kGroupSize == 0, "a stage holds whole groups, or lies in one");
 static_assert((Config::kPartition == Partition::kClusterk) == (Config::kClusterSize > 1), "clusters are for splitting k");

@@ -107,7 +107,7 @@ static_assert(Config::kGroupSize % 64 == 0 || Config::kGroupSize == 32);  // a s
 static_assert(kStageBytes % 128 == 0);  // of which linear copies need 16
 static_assert(kQuads % kRanks == 0 && kStages >= 2 * kSplits && kStages % kSplits == 0);
 static_assert(kAStages >= 2 * kSplits && kAStages % kSplits == 0);
-static_assert(!kDeferred || (Config::kGroupSize % 64 == 0 && is_whole(Config::kOffset)));  // a slab has one scale a row
+static_assert(!kDeferred || (Config::kGroupSize % 64 == 0 && has_exact_numbers(Config::kOffset)));  // a slab has one scale a row
 
 
 struct Barriers {

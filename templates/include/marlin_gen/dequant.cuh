@@ -77,7 +77,7 @@ __device__ __forceinline__ u32 subnormal(u32 const* word, int i) {
 }
 
 // Whether what scales multiply is exact: a whole number, for what is subtracted from codes is one, or an fp8 number.
-__host__ __device__ constexpr bool is_whole(Offset offset) { return offset != Offset::kFractions && offset != Offset::kMinima; }
+__host__ __device__ constexpr bool has_exact_numbers(Offset offset) { return offset != Offset::kFractions && offset != Offset::kMinima; }
 
 template <class Number, int kBits, Offset kOffset>
 struct Decoder;
@@ -127,7 +127,7 @@ struct Decoder<F16, 4, kOffset> {
 
   // 13 instructions for 8 weights; with fractions 17.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-    if constexpr (is_whole(kOffset)) {
+    if constexpr (has_exact_numbers(kOffset)) {
       centred(word, group, fragment);
       scale_whole<F16>(fragment, group);
     } else {
@@ -170,7 +170,7 @@ struct Decoder<Bf16, 4, kOffset> {
 
   // 13 instructions for 8 weights; with fractions 19.
   __device__ static __forceinline__ void exact(u32 const* word, Group group, u32 (&fragment)[4]) {
-    if constexpr (is_whole(kOffset)) {
+    if constexpr (has_exact_numbers(kOffset)) {
       centred(word, group, fragment);
       scale_whole<Bf16>(fragment, group);
     } else {
