@@ -101,8 +101,8 @@ FORMATS = {
 FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}  # of this process: what the native launcher is told
 
 # The order that ``layout.pack`` writes and every kernel reads; tables and checkpoints record it. A new order is a new
-# number. 2: lifts behind the scales.
-LAYOUT_VERSION = 2
+# number. 2: lifts behind the scales. 3: fp8 by ``fp8_words``.
+LAYOUT_VERSION = 3
 
 DEFAULT_FORMAT = "u4b8g128"
 DEFAULT_DTYPE = "f16"

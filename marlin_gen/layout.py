@@ -14,6 +14,8 @@ t = lane % 4, k counted inside the block):
     row      g    g    g+8   g+8  |  g     g    g+8   g+8
     k        2t  2t+1   2t   2t+1 | 2t+8  2t+9  2t+8  2t+9
 
+Codes that are fp8 numbers lie in these two words with their bits mixed, by ``fp8_words``.
+
 This is the A fragment of ``mma.sync.m16n8k16`` and of register-A ``wgmma``. Scales are ``[n / 64][k / group][64]`` in
 the type of the activations; in each 16 rows the order is 0, 8, 1, 9, ... so that a lane reads the scales of its rows g
 and g + 8 as one word.
@@ -33,6 +35,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from marlin_gen import fp8_words
 from marlin_gen.formats import DEFAULT_FORMAT, DTYPES, LAYOUT_VERSION, WeightFormat, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.problem import SIZE_UNIT, check_shape
@@ -122,6 +125,9 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     for i, (row, half, parity) in enumerate(_PLACES[fmt.bits]):
         code = blocks[:, :, row, :, :, :, half, :, parity].permute(0, 3, 1, 2, 5, 4)
         words[..., i // per_word] |= code.to(torch.int32) << fmt.bits * (i % per_word)
+    if fmt.offset == "floats":
+        for some in torch.split(words, 8):  # for little memory
+            some.copy_(fp8_words.to_words(some))
     if fmt.offset == "zeros":
         scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
     if fmt.has_lifts:
@@ -184,6 +190,8 @@ def unpack(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = packed.n, packed.k
     words = packed.weight.view(n // 64, k // 64, 4, fmt.bits // 4, 8, 4, 16 // fmt.bits, fmt.bits // 4)
     words = words.permute(0, 1, 2, 4, 5, 3, 6, 7).reshape(n // 64, k // 64, 4, 8, 4, 4, fmt.bits // 4)
+    if fmt.offset == "floats":
+        words = fp8_words.from_words(words)
     codes = torch.empty(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2, dtype=torch.uint8, device=words.device)
     per_word = 32 // fmt.bits
     for i, (row, half, parity) in enumerate(_PLACES[fmt.bits]):

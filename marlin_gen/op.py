@@ -26,7 +26,7 @@ ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128',"
-    " int layout_version=2) -> Tensor",
+    " int layout_version=3) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
@@ -152,7 +152,7 @@ def _cuda(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 2,
+    layout_version: int = 3,
 ) -> torch.Tensor:
     global _direct
     code = FORMAT_CODES.get(weight_format) if layout_version == LAYOUT_VERSION else None
@@ -179,7 +179,7 @@ def _cpu(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 2,
+    layout_version: int = 3,
 ) -> torch.Tensor:
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
@@ -195,7 +195,7 @@ def _fake(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 2,
+    layout_version: int = 3,
 ) -> torch.Tensor:
     n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))

@@ -2,6 +2,7 @@
 
     python tools/rebuild_table.py tuned/h200-132sm-4814gbs              # all of them, and defaults that it lacks
     python tools/rebuild_table.py tuned/h100-132sm-3352gbs --defaults   # only defaults that it lacks
+    python tools/rebuild_table.py tuned/h100-132sm-3352gbs --format e4m3g128   # of one format
 
 All, for a change of the templates that does not change how long kernels take, or until the GPU is at hand to tune
 again: the table's bench, and its tests on that GPU, must be run with the new kernels. Also reads tables of an earlier
@@ -23,6 +24,7 @@ from marlin_gen import whole_files  # noqa: E402
 from marlin_gen.arch import Gpu  # noqa: E402
 from marlin_gen.compile import compile_all  # noqa: E402
 from marlin_gen.config import KernelSpec  # noqa: E402
+from marlin_gen.formats import FORMATS  # noqa: E402
 from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
@@ -42,13 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="a table's folder")
     parser.add_argument("--defaults", action="store_true", help="compile only the defaults that the table lacks")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="compile only kernels of this weight format")
     options = parser.parse_args()
     data = json.loads((options.table / FILE_NAME).read_bytes())
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
     defaults, named = defaults_beside(gpu, rows), named_kernels(gpu, rows)
     there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
     missing = [spec for spec in defaults if spec.key not in there]
-    artifacts = compiled(missing if options.defaults else [*map(KernelSpec.from_key, there), *missing])
+    chosen = missing if options.defaults else [*map(KernelSpec.from_key, there), *missing]
+    artifacts = compiled([spec for spec in chosen if options.format in (None, spec.weight_format)])
     kernels = there | {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
     table = DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"])
     with whole_files.locked(options.table):

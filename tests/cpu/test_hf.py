@@ -277,7 +277,7 @@ def test_taking_over_lets_from_pretrained_itself_load_them(tmp_path, method):
     [
         ({"weight_format": "u3"}, "unknown weight format 'u3'"),
         ({"formats": {"a": "u5"}}, "unknown weight format 'u5'"),
-        ({"formats": {}, "layout_version": 9}, "layout_version=9 is not 2: convert the checkpoint again"),
+        ({"formats": {}, "layout_version": 9}, "layout_version=9 is not 3: convert the checkpoint again"),
         ({"bits": 4}, "MarlinGenConfig has no bits; it has weight_format and skip"),
     ],
 )

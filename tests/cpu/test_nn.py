@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_layout_is_refused_and_nothing_is_loaded():
     layer = nn.Sequential(QuantLinear(256, 128))
     state = nn.Sequential(QuantLinear.from_float(linear())).state_dict()
     state["0.layout_version"] = torch.tensor(7, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"0.weight: layout_version=7 is not 2; pack the original weight again"):
+    with pytest.raises(RuntimeError, match=r"0.weight: layout_version=7 is not 3; pack the original weight again"):
         layer.load_state_dict(state)
     assert not layer[0].weight.any()
 

@@ -170,7 +170,7 @@ BAD = {
     "layout version": (
         lambda o: o.update(layout_version=1),
         ValueError,
-        "layout_version=1 is not 2; pack the original",
+        "layout_version=1 is not 3; pack the original",
     ),
     "weight format": (
         lambda o: o.update(weight_format="u3"),

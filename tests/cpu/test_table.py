@@ -97,7 +97,7 @@ HEADS = {
     "schema": (lambda d: d.update(schema=99), "schema=99 is not 3; it was written by another version"),
     "earlier schema": (lambda d: d.update(schema=2), "schema=2 is not 3"),
     "launch": (lambda d: d.update(launch_version=1), f"launch_version=1 is not {LAUNCH_VERSION}"),
-    "layout": (lambda d: d.update(layout_version=1), "layout_version=1 is not 2"),
+    "layout": (lambda d: d.update(layout_version=1), "layout_version=1 is not 3"),
     "gpu field": (lambda d: d["gpu"].pop("num_sms"), "num_sms is missing"),
     "gpu of no SMs": (lambda d: d["gpu"].update(num_sms=0), "num_sms=0 is not positive"),
     "unknown gpu field": (lambda d: d["gpu"].update(colour="red"), "not used"),
