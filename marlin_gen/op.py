@@ -24,9 +24,11 @@ ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 
 # Held for the life of the process: dropping a Library unregisters its operators.
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
+# layout_version 0 is this marlin_gen's. ``gemm`` below names it: an argument that is its default is left out of traced
+# graphs, and neither a compiler's cache nor a saved program would tell weights of another release.
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128',"
-    " int layout_version=3) -> Tensor",
+    " int layout_version=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
@@ -105,7 +107,7 @@ def check_operands(
 ) -> tuple[int, int]:
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
-    if layout_version != LAYOUT_VERSION:
+    if layout_version not in (0, LAYOUT_VERSION):
         raise ValueError(version_error(layout_version))
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
@@ -152,10 +154,10 @@ def _cuda(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 3,
+    layout_version: int = 0,
 ) -> torch.Tensor:
     global _direct
-    code = FORMAT_CODES.get(weight_format) if layout_version == LAYOUT_VERSION else None
+    code = FORMAT_CODES.get(weight_format) if layout_version in (0, LAYOUT_VERSION) else None
     if _direct is None or code is None:
         from marlin_gen import cuda_op
 
@@ -179,13 +181,13 @@ def _cpu(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 3,
+    layout_version: int = 0,
 ) -> torch.Tensor:
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
 
     check_operands(a, weight, scales, bias, weight_format, layout_version)
-    codes, row_scales = unpack(PackedWeight(weight, scales, weight_format, layout_version))
+    codes, row_scales = unpack(PackedWeight(weight, scales, weight_format))
     return gemm_reference(a, codes, row_scales, weight_format, bias).to(a.dtype)
 
 
@@ -195,7 +197,7 @@ def _fake(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 3,
+    layout_version: int = 0,
 ) -> torch.Tensor:
     n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))
@@ -208,7 +210,7 @@ def _fake_no_grad(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, scales, _, ctx.weight_format, ctx.layout_version = inputs
+    _, weight, scales, _, ctx.weight_format, _ = inputs
     ctx.save_for_backward(weight, scales)
 
 
@@ -222,7 +224,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     weight, scales = ctx.saved_tensors
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
-        codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format, ctx.layout_version))
+        codes, row_scales = unpack(PackedWeight(weight, scales, ctx.weight_format))
         grad_a = grad @ dequantize(codes, row_scales, ctx.weight_format, grad.dtype)
     if any(ctx.needs_input_grad[3:4]):  # the dispatcher drops arguments that are their defaults
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

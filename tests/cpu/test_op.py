@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import marlin_gen
-from marlin_gen.formats import FORMATS
+from marlin_gen.formats import FORMATS, LAYOUT_VERSION
 from marlin_gen.layout import SCALE_DTYPES, pack
+from marlin_gen.nn import QuantLinear
 from marlin_gen.operands import random_weight
 from marlin_gen.reference import dequantize, gemm_reference
 
@@ -146,6 +147,13 @@ def test_export():
     program = torch.export.export(Layer(), operands, dynamic_shapes=({0: rows}, None, None))
     a = activations(11, 256)
     assert torch.equal(program.module()(a, *operands[1:]), marlin_gen.gemm(a, PACKED))
+
+
+def test_a_traced_graph_names_the_layout_of_its_weight():
+    """What caches and saved programs are told apart by, of other releases."""
+    program = torch.export.export(QuantLinear.from_packed(PACKED), (activations(4, 256),))
+    (call,) = (node for node in program.graph.nodes if node.target is torch.ops.marlin_gen.gemm.default)
+    assert LAYOUT_VERSION in (*call.args, *call.kwargs.values())
 
 
 BAD = {
