@@ -65,10 +65,10 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     if source.path.resolve() == out.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder")
-    foreign = [path.name for path in sorted(out.glob("*.safetensors")) if about(path) is None]
-    if foreign:
-        raise ValueError(f"{out / foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name"
-                         " another folder")  # fmt: skip
+    if foreign := [path for path in sorted(out.iterdir()) if _is_foreign(path)]:
+        raise ValueError(
+            f"{foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name another folder"
+        )
 
     activations = dtype or source.dtype
 
@@ -108,6 +108,16 @@ def convert(
             left.unlink()
         _finish(source, names, report, activations)
     return report
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is of another model, which a run would overwrite, or mix with its own."""
+    if path.name == "config.json":
+        try:
+            return bool(json.loads(path.read_text())["quantization_config"]["quant_method"] != "marlin_gen")
+        except (ValueError, KeyError, TypeError):
+            return True
+    return path.suffix in (".bin", ".pt", ".pth") or (path.suffix == ".safetensors" and about(path) is None)
 
 
 def _write(

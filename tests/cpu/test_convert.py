@@ -293,6 +293,13 @@ def test_what_cannot_be_converted_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"other\.safetensors was not written by marlin-gen convert"):
         convert(tmp_path / "in", tmp_path / "busy")
     assert load_file(tmp_path / "busy/other.safetensors").keys() == {"a"}
+    for name, text in [("config.json", '{"quantization_config": null}'), ("pytorch_model.bin", "")]:
+        other = tmp_path / f"of {name}" / name
+        other.parent.mkdir()
+        other.write_text(text)
+        with pytest.raises(ValueError, match=f"{name} was not written by marlin-gen convert"):
+            convert(tmp_path / "in", other.parent)
+        assert os.listdir(other.parent) == [name] and other.read_text() == text
 
     convert(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ValueError, match="in the packed layout already"):
