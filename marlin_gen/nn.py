@@ -25,7 +25,7 @@ class QuantLinear(nn.Module):
 
     A new module holds zeros: fill it with ``load_state_dict``, or make one with ``from_float``, ``from_quantized`` or
     ``from_packed``.
-    ``dtype``, of x, scales, bias and y, is float16 or bfloat16.
+    ``dtype``, of x, scales, bias and y, is float16 or bfloat16; under autocast x may be of another.
     Buffers: ``weight``, ``scales`` (see ``marlin_gen.layout``), and ``layout_version``, which a checkpoint carries and
     loading checks, as the format in a state dict's metadata; with act-order ``order``, which a state dict brings along.
     """
@@ -128,7 +128,10 @@ class QuantLinear(nn.Module):
         return PackedWeight(self.weight, self.scales, self.weight_format, order=self.order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gemm(x, self.packed, self.bias)
+        packed = self.packed
+        if x.dtype != packed.scales.dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(packed.scales.dtype)
+        return gemm(x, packed, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -188,7 +188,8 @@ def _cpu(
 
     check_operands(a, weight, scales, bias, weight_format, layout_version)
     codes, row_scales = unpack(PackedWeight(weight, scales, weight_format))
-    return gemm_reference(a, codes, row_scales, weight_format, bias).to(a.dtype)
+    with torch.autocast("cpu", enabled=False):  # which would take its product in fp32 for one in bf16
+        return gemm_reference(a, codes, row_scales, weight_format, bias).to(a.dtype)
 
 
 def _fake(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -41,9 +46,10 @@ def quantize_model(
 
     ``skip``: names of layers, or of anything above them, to leave: whole ("model.layers.0.mlp"), the last part
     ("lm_head", "router"), or with wildcards ("*.layers.0.*"). Also left, with the reason in the result: subclasses
-    of Linear, layers with hooks, those of an ``nn.TransformerEncoderLayer`` or that a model of transformers keeps in
-    float32, layers of other than 16- and 32-bit floats, weights that two modules share (an lm_head tied to the
-    embedding), and sizes that the layout cannot hold. A layer that occurs twice is replaced in both places by one.
+    of Linear, layers with hooks, those whose weight the source of the module around them reads past their forward, or
+    that a model of transformers keeps in float32, layers of other than 16- and 32-bit floats, weights that two modules
+    share (an lm_head tied to the embedding), and sizes that the layout cannot hold. A layer that occurs twice is
+    replaced in both places by one.
 
     Layers are for activations in bfloat16 where they were of that type, else in float16: convert the rest of the model
     to that type, first or after. Raises ValueError for an unknown format, for a
@@ -57,7 +63,7 @@ def quantize_model(
     patterns = tuple(skip)
     found = Replacements(weight_format)
     owners = _owners(model)
-    # Of transformers' models: such a layer's activations are float32, or cast to its weight's type (T5's wo).
+    # Of transformers' models: such a layer's activations are float32.
     kept = [
         (f"{above}.".lstrip("."), one)
         for above, module in model.named_modules()
@@ -70,8 +76,9 @@ def quantize_model(
             continue
         parent, _, last = name.rpartition(".")
         reason = _skip_reason(name, linear, patterns, owners)
-        if reason is None and isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
-            reason = "is read by its TransformerEncoderLayer, past its forward"
+        around: Any = type(model.get_submodule(parent))
+        if reason is None and re.search(rf"\bself\.{last}\.weight\b", _source(around)):
+            reason = f"its weight is read by its {around.__name__}, past its forward"
         below = ((f".{name.removeprefix(above)}.weight.", one) for above, one in kept if name.startswith(above))
         if reason is None and any(f".{one}." in path for path, one in below):
             reason = "is one that its model keeps in float32"
@@ -106,6 +113,16 @@ def _skip_reason(name: str, linear: nn.Linear, patterns: tuple[str, ...], owners
     if len(owners[id(linear.weight)]) > 1:
         return "its weight is shared with another module"
     return None
+
+
+@cache
+def _source(kind: type) -> str:
+    """What defines a class, with those it inherits from; of one without source, nothing."""
+    found = ""
+    for one in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):
+            found += inspect.getsource(one)
+    return found
 
 
 def _owners(model: nn.Module) -> dict[int, set[int]]:

@@ -13,6 +13,7 @@ Proved against the packers of auto-gptq 0.7.1 and gptqmodel 7.7.0: tests/fixture
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,10 @@ _ONE_IN_EACH_FIELD = {4: 0x11111111, 8: 0x01010101}
 
 def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> QuantizedWeight:
     """The weight of the layer called ``name``: see ``marlin_gen.checkpoints.read_layer``."""
+    for pattern, rule in (config.get("dynamic") or {}).items():  # GPTQModel's mixed precision; the first that matches
+        if re.match(re.sub(r"^[+-]:", "", pattern), name):  # "-:" has no settings: it is for layers that stay float
+            config = {**config, **rule}
+            break
     layer = Layer(name, tensors, config)
     bits: int = layer.setting("bits", (4, 8))
     format_key = "format" if config.get("checkpoint_format") is None else "checkpoint_format"

@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from marlin_gen.convert.source import Source, Unit, open_source
 from marlin_gen.formats import LAYOUT_VERSION
 from marlin_gen.layout import PackedWeight
 from marlin_gen.nn import QuantLinear
+from marlin_gen.whole_files import locked
 
 SHARD_BYTES = 2 << 30  # of the source; what a killed run may have to do again
 _HEADER_BYTES = 1024  # of a unit beside its name: three entries, its format or a reason
@@ -63,42 +65,59 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     if source.path.resolve() == out.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder")
-    foreign = [path.name for path in sorted(out.glob("*.safetensors")) if about(path) is None]
-    if foreign:
-        raise ValueError(f"{out / foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name"
-                         " another folder")  # fmt: skip
+    if foreign := [path for path in sorted(out.iterdir()) if _is_foreign(path)]:
+        raise ValueError(
+            f"{foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name another folder"
+        )
 
     activations = dtype or source.dtype
 
     def to_layout(weight: QuantizedWeight, name: str) -> PackedWeight | Unheld:
         return packed_or_dense(_moved(weight, device), name, activations, exact=dtype is None)
 
-    parts = _parts(source.units, shard_bytes)
-    names = _shard_names(len(parts))
-    report = Report(out)
-    done = 0
-    for index, (name, units) in enumerate(zip(names, parts, strict=True)):
-        path = out / name
-        identity = _identity(source, units, [index, len(parts), keep_unsupported, str(dtype)])
-        said = about(path)
-        if said is not None and said["identity"] == identity and is_intact(path):
-            report.shards_kept += 1
-            done += len(units)
-            on_progress(done, len(source.units), f"{name} is whole")
-        else:
-            (out / "config.json").unlink(missing_ok=True)
-            said = _write(path, units, identity, keep_unsupported, to_layout,
-                          lambda count, what, done=done: on_progress(done + count, len(source.units), what))  # type: ignore[misc]  # fmt: skip
-            report.shards_written += 1
-            done += len(units)
-        report.formats.update(said["formats"])
-        report.unheld.update(said["unheld"])
-    for stale in set(path.name for path in out.glob("*.safetensors")) - set(names):
-        (out / stale).unlink()  # of a run with other shards; those of others were refused above
-    for left in out.glob("*.part"):
-        left.unlink()
-    _finish(source, names, report, activations)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out, seconds=0))
+        except TimeoutError:
+            raise ValueError(
+                f"another marlin-gen convert writes to {out}: wait for it, or name another folder"
+            ) from None
+        parts = _parts(source.units, shard_bytes)
+        names = _shard_names(len(parts))
+        report = Report(out)
+        done = 0
+        for index, (name, units) in enumerate(zip(names, parts, strict=True)):
+            path = out / name
+            identity = _identity(source, units, [index, len(parts), keep_unsupported, str(dtype)])
+            said = about(path)
+            if said is not None and said["identity"] == identity and is_intact(path):
+                report.shards_kept += 1
+                done += len(units)
+                on_progress(done, len(source.units), f"{name} is whole")
+            else:
+                (out / "config.json").unlink(missing_ok=True)
+                said = _write(path, units, identity, keep_unsupported, to_layout,
+                              lambda count, what, done=done: on_progress(done + count, len(source.units), what))  # type: ignore[misc]  # fmt: skip
+                report.shards_written += 1
+                done += len(units)
+            report.formats.update(said["formats"])
+            report.unheld.update(said["unheld"])
+        for stale in set(path.name for path in out.glob("*.safetensors")) - set(names):
+            (out / stale).unlink()  # of a run with other shards; those of others were refused above
+        for left in out.glob("*.part"):
+            left.unlink()
+        _finish(source, names, report, activations)
     return report
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is of another model, which a run would overwrite, or mix with its own."""
+    if path.name == "config.json":
+        try:
+            return bool(json.loads(path.read_text())["quantization_config"]["quant_method"] != "marlin_gen")
+        except (ValueError, KeyError, TypeError):
+            return True
+    return path.suffix in (".bin", ".pt", ".pth") or (path.suffix == ".safetensors" and about(path) is None)
 
 
 def _write(

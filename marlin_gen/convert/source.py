@@ -99,6 +99,8 @@ def _configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{folder} has no config.json: copy the whole checkpoint")
     config = _json_object(path)
     quantization = config.pop("quantization_config", None)
+    if quantization is None and isinstance(text := config.get("text_config"), dict):  # of a multimodal model's
+        quantization = text.pop("quantization_config", None)
     beside = folder / "quantize_config.json"
     if quantization is None and beside.exists():  # AutoGPTQ before transformers had a place for it
         quantization = {"quant_method": "gptq", **_json_object(beside)}

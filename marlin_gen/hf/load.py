@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +39,8 @@ def from_pretrained(name: str | os.PathLike[str], auto_class: Any = AutoModelFor
             setattr(config, key, kwargs.pop(key))  # such as num_labels; a model's __init__ does not take them
     theirs = getattr(config, "quantization_config", None)
     if theirs is None:
+        theirs = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if theirs is None:
         found = cached_file(name, "quantize_config.json", _raise_exceptions_for_missing_entries=False, **hub)
         if found is not None:  # AutoGPTQ before transformers had a place for it
             with open(found, encoding="utf-8") as file:
@@ -63,10 +66,14 @@ def take_over(methods: Iterable[str] = tuple(sorted(MARKS))) -> None:
     """From now on ``AutoModelForCausalLM.from_pretrained`` itself loads checkpoints of these methods on our kernels.
 
     It replaces transformers' own quantizers of these names in this process, for programs whose call of from_pretrained
-    is out of reach. Raises ValueError for a method that is not read.
+    is out of reach; float models they quantise as ever. Raises ValueError for a method that is not read.
     """
     for method in methods:
         if method not in MARKS:
             raise ValueError(f"quant_method {method!r} is not read; known: {', '.join(sorted(MARKS))}")
         AUTO_QUANTIZATION_CONFIG_MAPPING[method] = MarlinGenConfig
-        AUTO_QUANTIZER_MAPPING[method] = MarlinGenQuantizer
+        AUTO_QUANTIZER_MAPPING[method] = partial(_quantizer, AUTO_QUANTIZER_MAPPING[method])
+
+
+def _quantizer(theirs: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
+    return (MarlinGenQuantizer if isinstance(config, MarlinGenConfig) else theirs)(config, **kwargs)

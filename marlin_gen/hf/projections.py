@@ -59,9 +59,9 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> list[str
     """Fuse each group of neighbouring projections below ``model`` in place; the names of what was fused.
 
     A group is fused where its layers are all ``QuantLinear`` of one format and type, none in act-order, or all
-    ``nn.Linear``, take the same number of features, all have a bias or none, and have no hooks. The model must call
-    them in the group's order, with the same input, as transformers' llama-like models do. For inference: afterwards the
-    state dict has other names.
+    ``nn.Linear``, take the same number of features, all have a bias or none, have no hooks and are not offloaded. The
+    model must call them in the group's order, with the same input, as transformers' llama-like models do. For
+    inference: afterwards the state dict has other names.
     """
     fused = []
     for name, module in list(model.named_modules()):
@@ -81,6 +81,8 @@ def _joined(layers: Sequence[Any]) -> nn.Module | None:
     """One layer that computes all; None where they cannot be joined."""
     first = layers[0]
     if any(not isinstance(one, nn.Module) or one._forward_hooks or one._forward_pre_hooks for one in layers):
+        return None
+    if any(tensor.is_meta for one in layers for tensor in one.state_dict().values()):  # offloaded
         return None
     biases = [getattr(layer, "bias", None) for layer in layers]
     if any(bias is None for bias in biases) != all(bias is None for bias in biases):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
@@ -23,15 +27,8 @@ from marlin_gen.replace import quantize_model
 logger = logging.get_logger(__name__)
 
 
-def _find(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
-    """What ``model`` calls the checkpoint's ``name``, and that module: without a head, names lack a prefix."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for target in (name, name.removeprefix(prefix), f"{prefix}{name}"):
-        try:
-            return target, model.get_submodule(target)
-        except AttributeError:
-            continue
-    return name, None
+def _formats(model: nn.Module) -> dict[str, str]:
+    return {name: one.weight_format for name, one in model.named_modules() if isinstance(one, QuantLinear)}
 
 
 @register_quantizer(METHOD)
@@ -42,8 +39,9 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, quantization_config: MarlinGenConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # this model's alone: it is written to
         self.dtype = torch.float16
+        self.renamings: list[Any] = []  # transformers' own, of the checkpoint's names to the model's
         if self.pre_quantized and quantization_config.formats is None and quantization_config.source is None:
             raise ValueError("the checkpoint's quantization_config names no layers: convert it again")
 
@@ -63,19 +61,26 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             return
+        self.renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+        entries = header_entries(checkpoint_files or ())
+        names = [key.rpartition(".") for key in entries]
+        stored = {(self._find(model, layer)[0], last) for layer, _, last in names}
         if config.formats is not None:
-            orders = [name for name in header_entries(checkpoint_files or ()) if name.endswith(".order")]
-            reordered = {_find(model, name.removesuffix(".order"))[0] for name in orders}
             for name, fmt in config.formats.items():
-                kind = fmt, "meta", self.dtype, _find(model, name)[0] in reordered
-                self._replace(model, name, lambda linear, kind=kind: QuantLinear(
-                    linear.in_features, linear.out_features, linear.bias is not None, *kind
+                target, linear = self._linear(model, name, stored)
+                if linear is None:
+                    continue
+                lost = [last for last in ("weight", "scales", "layout_version") if (target, last) not in stored]
+                if stored and lost:
+                    raise ValueError(f"{name}: {lost[0]} is missing; copy the checkpoint anew, or convert it again")
+                model.set_submodule(target, QuantLinear(
+                    linear.in_features, linear.out_features, linear.bias is not None, fmt, "meta", self.dtype,
+                    (target, "order") in stored,
                 ))  # fmt: skip
             return
         if not checkpoint_files:
             raise ValueError("a foreign checkpoint is read from safetensors files; state_dict= alone will not do")
         assert config.source is not None
-        entries = header_entries(checkpoint_files)
         method = config.source.get("quant_method")
         floats = {name for name, (kind, _) in entries.items() if kind.is_floating_point and kind.itemsize == 1}
         layers = quantised_layers(entries, method, floats)
@@ -87,43 +92,59 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for layer, lasts in layers.items():
             tensors = {last: entries[f"{layer}.{last}"] for last in lasts}
-            self._replace(model, layer, lambda linear, layer=layer, tensors=tensors: Staged(
-                layer, tensors, linear, self.dtype
-            ))  # fmt: skip
+            target, linear = self._linear(model, layer, stored)
+            if linear is not None:
+                model.set_submodule(target, Staged(layer, tensors, linear, self.dtype))
 
-    def _replace(self, model: nn.Module, name: str, make: Any) -> None:
-        """Put ``make(linear)`` where ``model`` has the nn.Linear that a checkpoint calls ``name``."""
-        target, linear = _find(model, name)
+    def _find(self, model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
+        """What ``model`` calls the checkpoint's ``name``, and that module: without a head, names lack a prefix."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        for renamings in ([], self.renamings):
+            name = rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
+            for target in (name, name.removeprefix(prefix), f"{prefix}{name}"):
+                try:
+                    return target, model.get_submodule(target)
+                except AttributeError:
+                    continue
+        return name, None
+
+    def _linear(self, model: nn.Module, name: str, stored: set[tuple[str, str]]) -> tuple[str, nn.Linear | None]:
+        """What ``model`` calls the checkpoint's ``name``, and that nn.Linear; None for what it has no use for."""
+        target, linear = self._find(model, name)
         first = name.partition(".")[0]
         is_head = not hasattr(model, first) and first != getattr(model, "base_model_prefix", "")
         if is_head and linear is None and getattr(model, "base_model", model) is model:
-            return  # of the head, which this model has not
+            return target, None  # of the head, which this model has not
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if linear is None and any(re.search(one, f"{key}.weight") for one in ignored for key in (name, target)):
+            return target, None  # as a head for multi-token prediction
         if not isinstance(linear, nn.Linear):
             what = "no such module" if linear is None else f"a {type(linear).__name__} of that name"
             raise ValueError(
                 f"{name} is a quantised linear layer of the checkpoint, but {type(model).__name__} has {what};"
                 " marlin_gen loads models whose quantised layers are each an nn.Linear"
             )
-        model.set_submodule(target, make(linear))
+        if stored and linear.bias is not None and (target, "bias") not in stored:
+            logger.warning_once("marlin_gen: biases that config.json asks for are not in the checkpoint: they are zero")
+            linear.register_parameter("bias", None)
+        getattr(model, "all_tied_weights_keys", {}).pop(f"{target}.weight", None)  # whatever tie_word_embeddings says
+        return target, linear
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
         config.dtype = str(self.dtype).removeprefix("torch.")
         if not self.pre_quantized:
-            found = quantize_model(model, config.weight_format, config.skip)
-            logger.info(str(found))
-            config.formats = {name: config.weight_format for name in found.replaced}
+            logger.info(str(quantize_model(model, config.weight_format, config.skip)))
+            config.formats = _formats(model)
             return model
         if config.source is not None and config.formats is None:
-            config.formats = {}
             for target, staged in [(n, m) for n, m in model.named_modules() if isinstance(m, Staged)]:
                 module, reason = staged.finished(config.source)
                 model.set_submodule(target, module.train(staged.training))
-                if isinstance(module, QuantLinear):
-                    config.formats[staged.name] = module.weight_format
-                else:
+                if not isinstance(module, QuantLinear):
                     config.unheld[staged.name] = reason
                 del staged
+            config.formats = _formats(model)
             if config.unheld:
                 listed = "; ".join(f"{name} ({reason})" for name, reason in config.unheld.items())
                 warnings.warn(
@@ -137,7 +158,8 @@ class MarlinGenQuantizer(HfQuantizer):  # type: ignore[misc]
         """What ``save_pretrained`` asks for before it writes; only here is the model at hand."""
         if any(isinstance(module, FusedProjection) for module in model.modules()):
             raise ValueError("a fused model has other names than its config: call save_pretrained before hf.fuse")
-        for module in model.modules():  # which may have been cast since they were loaded
+        self.quantization_config.formats = _formats(model)  # its layers may have been quantised, or cast, since
+        for module in model.modules():
             if isinstance(module, QuantLinear) and module.scales.dtype in SCALE_DTYPES:
                 self.quantization_config.dtype = str(module.scales.dtype).removeprefix("torch.")
         return None, {}

@@ -36,7 +36,7 @@ class Staged(nn.Module):
 
         A ValueError names a damaged layer, or one of other sizes than the model's.
         """
-        if offloaded := [key for key in self.names if self.get_buffer(key).is_meta]:
+        if offloaded := [key for key, tensor in self.state_dict().items() if tensor.is_meta]:
             raise ValueError(
                 f"{self.name}: device_map offloads its {offloaded[0]}; run marlin-gen convert and load what it writes"
             )

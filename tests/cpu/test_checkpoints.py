@@ -214,6 +214,25 @@ def test_gptq_without_g_idx_and_desc_act():
     assert torch.equal(read_layer(tensors, config, "layer").dequantize().half(), decoded)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {r"+:.*\.down_proj": {"bits": 8, "group_size": -1}},
+        {r".*down_proj$": {"bits": 8, "group_size": -1}},
+        {"-:.*head": {}, "+:down": {"bits": 2}, r".*layers\.[12]\.": {"bits": 8, "group_size": -1}, ".*": {"bits": 3}},
+    ],
+)
+def test_gptqmodel_s_dynamic_rules(rules):
+    """By ``re.match``, the first wins, and layers of no rule have the settings of all."""
+    tensors, config, expected = fixture("gptq-v1-8bit-gk-asym")
+    mixed = {**config, "bits": 4, "group_size": 64, "dynamic": rules}
+    weight = read_layer(tensors, mixed, "model.layers.1.mlp.down_proj")
+    assert torch.equal(weight.dequantize().to(expected.dtype), expected)
+    tensors, _, expected = fixture(SYMMETRIC)
+    name = "lm_head" if ".*" in rules else "model.layers.1.mlp.up_proj"
+    assert torch.equal(read_layer(tensors, mixed, name).dequantize().to(expected.dtype), expected)
+
+
 def test_g_idx_of_minus_ones_is_no_order():
     """How compressed-tensors leaves weight_g_idx that nothing has set."""
     tensors, config, decoded = fixture(PACKED)

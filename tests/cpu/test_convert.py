@@ -108,6 +108,23 @@ def test_a_killed_run_is_taken_up(tmp_path, units):
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes() for name in names)
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    write_checkpoint(tmp_path / "in", "awq")
+    refused = []
+
+    def progress(done, total, said):
+        if done == 9:
+            with pytest.raises(ValueError, match=r"another marlin-gen convert writes to .*out: wait") as error:
+                convert(tmp_path / "in", tmp_path / "out")
+            refused.append(error)
+
+    convert(tmp_path / "in", tmp_path / "out", on_progress=progress)
+    assert len(refused) == 1 and is_intact(tmp_path / "out/model.safetensors")
+    convert(tmp_path / "in", tmp_path / "at-once")
+    before, after = (all_tensors(tmp_path / name) for name in ("at-once", "out"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_shards_are_verified_before_they_are_kept(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     convert(tmp_path / "in", tmp_path / "out", shard_bytes=60_000)
@@ -136,7 +153,7 @@ def test_a_layer_that_no_format_holds_is_an_error_with_its_name_and_the_way_out(
     said = capsys.readouterr().err
     assert "error: model.layers.0.self_attn.k_proj: n=32 is not a positive multiple of 64" in said
     assert "--keep-unsupported" in said
-    assert not list((tmp_path / "out").glob("*"))
+    assert os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_keep_unsupported_dequantises_and_warns_once(tmp_path):
@@ -276,6 +293,13 @@ def test_what_cannot_be_converted_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"other\.safetensors was not written by marlin-gen convert"):
         convert(tmp_path / "in", tmp_path / "busy")
     assert load_file(tmp_path / "busy/other.safetensors").keys() == {"a"}
+    for name, text in [("config.json", '{"quantization_config": null}'), ("pytorch_model.bin", "")]:
+        other = tmp_path / f"of {name}" / name
+        other.parent.mkdir()
+        other.write_text(text)
+        with pytest.raises(ValueError, match=f"{name} was not written by marlin-gen convert"):
+            convert(tmp_path / "in", other.parent)
+        assert os.listdir(other.parent) == [name] and other.read_text() == text
 
     convert(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ValueError, match="in the packed layout already"):

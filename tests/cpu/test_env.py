@@ -31,6 +31,9 @@ def test_cache_and_data_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert env.cache_dir() == tmp_path / "xdg" / "marlin_gen"
     monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", "~/here")
     assert env.cache_dir() == tmp_path / "here"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MARLIN_GEN_CACHE_DIR", "cache")  # a table opened before a chdir, a compiler elsewhere
+    assert env.cache_dir() == tmp_path / "cache" and env.cache_dir().is_absolute()
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

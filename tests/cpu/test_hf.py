@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from foreign import METHODS, small_config, write_checkpoint
+from foreign import METHODS, quantization_config, random_weight, small_config, stored, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import marlin_gen.hf as hf
-from marlin_gen import QuantLinear
+from marlin_gen import QuantLinear, quantize_model
 from marlin_gen.cli.root import main
+from marlin_gen.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.arange(7, 31)[None]
@@ -54,6 +55,14 @@ def check(model, dense, odd=()):
     assert model.dtype == torch.float16 and not any(tensor.is_meta for tensor in model.state_dict().values())
     assert difference(logits(model), logits(dense)) < 3e-3
     assert greedy(model) == greedy(dense)
+
+
+def edit(folder, change=lambda tensors: None, **settings):
+    """A checkpoint of one file with other tensors and settings."""
+    tensors, about = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**about, **settings}))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -200,6 +209,92 @@ def test_damage_is_named(tmp_path):
         hf.from_pretrained(tmp_path / "in")
 
 
+@pytest.mark.parametrize("last", ["weight", "scales", "layout_version"])
+def test_a_tensor_that_a_converted_folder_lacks_is_named(tmp_path, last):
+    """Transformers would leave what lay in memory."""
+    write_checkpoint(tmp_path / "in", "gptq")
+    convert(tmp_path / "in", tmp_path / "out")
+    edit(tmp_path / "out", lambda tensors: tensors.pop(f"model.layers.1.mlp.up_proj.{last}"))
+    with pytest.raises(ValueError, match=f"^model.layers.1.mlp.up_proj: {last} is missing; copy the checkpoint anew"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_bias_that_a_checkpoint_lacks_is_zero(tmp_path):
+    _, dense = write_checkpoint(tmp_path / "in", "gptq")
+    edit(tmp_path / "in", attention_bias=True)
+    convert(tmp_path / "in", tmp_path / "out")
+    junk = [torch.full((256,), float("nan")).half() for _ in range(2000)]
+    del junk
+    for model in (hf.from_pretrained(tmp_path / "in"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        check(model, dense)
+
+
+def test_a_quantised_head_is_not_tied(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq", vocab_size=128)
+    weight = random_weight(128, 256, "gptq", torch.Generator().manual_seed(5))
+
+    def change(tensors):
+        del tensors["lm_head.weight"]
+        tensors.update({f"lm_head.{last}": part.contiguous() for last, part in stored(weight, "gptq").items()})
+
+    edit(tmp_path / "in", change, tie_word_embeddings=True)
+    convert(tmp_path / "in", tmp_path / "out")
+    for model in (hf.from_pretrained(tmp_path / "in"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        assert torch.equal(model.lm_head(torch.eye(256).half()).T, weight.dequantize().half())
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_an_offloaded_bias_is_named(tmp_path):
+    write_checkpoint(tmp_path / "in", "gptq", attention_bias=True)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu",
+              "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"^model.layers.1.self_attn.q_proj: device_map offloads its bias; run"):
+        hf.from_pretrained(tmp_path / "in", device_map=places, offload_folder=str(tmp_path / "off"))
+
+
+@pytest.mark.parametrize("in_text_config", [False, True])
+def test_a_multimodal_checkpoint_by_transformers_renamed_keys(tmp_path, in_text_config):
+    """model.language_model.layers of the model is language_model.model.layers in the file."""
+    text = {**small_config(num_hidden_layers=1).to_dict(), "model_type": "mistral"}
+    vision = {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "head_dim": 32, "image_size": 32, "patch_size": 16}  # fmt: skip
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=10)
+    dense = transformers.Mistral3ForConditionalGeneration(config).half().eval()
+    layer = "language_model.model.layers.0.mlp.down_proj"
+    weight = random_weight(256, 384, "gptq", torch.Generator().manual_seed(5))
+    dense.model.language_model.layers[0].mlp.down_proj.weight.data = weight.dequantize().half()
+    dense.save_pretrained(tmp_path / "in")
+
+    def change(tensors):
+        del tensors[f"{layer}.weight"]
+        tensors.update({f"{layer}.{last}": part.contiguous() for last, part in stored(weight, "gptq").items()})
+
+    about = {"quantization_config": quantization_config("gptq")}
+    about = {"text_config": {**config.to_dict()["text_config"], **about}} if in_text_config else about
+    edit(tmp_path / "in", change, **about)
+    convert(tmp_path / "in", tmp_path / "out")
+    kind = transformers.AutoModelForImageTextToText
+    direct = hf.from_pretrained(tmp_path / "in", kind)
+    direct.save_pretrained(tmp_path / "saved")
+    for model in (direct, kind.from_pretrained(tmp_path / "out"), kind.from_pretrained(tmp_path / "saved")):
+        assert isinstance(model.model.language_model.layers[0].mlp.down_proj, QuantLinear)
+        assert difference(logits(model), logits(dense)) < 3e-3
+
+
+def test_layers_that_transformers_ignores_are_left_out(tmp_path, monkeypatch):
+    """As the head for multi-token prediction of Qwen3.5's fp8 checkpoints."""
+    _, dense = write_checkpoint(tmp_path / "in", "fp8")
+    weight = stored(random_weight(256, 384, "fp8", torch.Generator().manual_seed(5)), "fp8")
+    edit(tmp_path / "in", lambda tensors: tensors.update({f"mtp.fc.{k}": v.contiguous() for k, v in weight.items()}))
+    with pytest.raises(ValueError, match=r"^mtp.fc is a quantised linear .* has no such module"):
+        hf.from_pretrained(tmp_path / "in")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
+    convert(tmp_path / "in", tmp_path / "out")
+    for model in (hf.from_pretrained(tmp_path / "in"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        check(model, dense)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     write_checkpoint(tmp_path / "in", "gptq")
     path = tmp_path / "in/config.json"
@@ -251,6 +346,21 @@ def test_a_float_checkpoint_is_quantised(tmp_path):
         hf.from_pretrained(tmp_path / "float")
 
 
+def test_a_config_is_not_shared_and_what_is_saved_is_the_model_s(tmp_path):
+    transformers.LlamaForCausalLM(small_config(vocab_size=128)).half().save_pretrained(tmp_path / "float")
+    config = hf.MarlinGenConfig(skip=("lm_head", "model.layers.1"))
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert other.dtype == torch.bfloat16 and config.to_dict() == hf.MarlinGenConfig(skip=config.skip).to_dict()
+    assert len(quantize_model(one, "u4zg64", skip=()).replaced) == 8
+    for model in (one, other):
+        model.save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert kinds(again) == kinds(model) and torch.equal(logits(again), logits(model))
+
+
 @pytest.fixture
 def restored():
     """transformers' own registries as they were."""
@@ -268,6 +378,9 @@ def test_taking_over_lets_from_pretrained_itself_load_them(tmp_path, method):
     _, dense = write_checkpoint(tmp_path / "in", method)
     hf.take_over([method])
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "in"), dense)
+    if method == "fp8":  # to which transformers itself quantises float models, as ever
+        made = auto.AutoHfQuantizer.from_config(transformers.FineGrainedFP8Config(), pre_quantized=False)
+        assert type(made).__name__ == "FineGrainedFP8HfQuantizer"
     with pytest.raises(ValueError, match="'quip' is not read; known: awq, compressed-tensors, fp8, gptq, hqq"):
         hf.take_over(["quip"])
 

@@ -65,6 +65,20 @@ def test_layers_with_hooks_are_left_alone():
     assert torch.allclose(made(tokens).logits, before, atol=2e-3)
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+@torch.inference_mode()
+def test_layers_that_are_offloaded_are_left_alone(is_quantized):
+    """accelerate's hook brings their weights, which lie on meta, and would not be the joined layer's."""
+    accelerate = pytest.importorskip("accelerate")
+    made, tokens = model(), torch.randint(0, 128, (2, 9))
+    if is_quantized:
+        quantize_model(made)
+    before = made(tokens).logits
+    accelerate.cpu_offload(made.model.layers[1], "cpu", offload_buffers=True)
+    assert fuse(made) == ["model.layers.0.self_attn.q_proj+k_proj+v_proj", "model.layers.0.mlp.gate_proj+up_proj"]
+    assert torch.allclose(made(tokens).logits, before, atol=2e-3)
+
+
 def test_a_later_projection_alone_is_an_error():
     made = model()
     fuse(made)

@@ -232,6 +232,24 @@ def test_compile_fullgraph():
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_activations_of_any_type_are_taken(dtype, compiled):
+    """As by nn.Linear; of LayerNorm they are float32 there. y is of the layer's type, whatever autocast's is."""
+    layer = QuantLinear.from_float(linear(bias=True).to(dtype))
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(3, 256)
+    for given in (x, x.half(), x.bfloat16()):
+        expected = layer(given.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(given), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(x.requires_grad_()).float().sum().backward()
+        assert x.grad.dtype == torch.float32 and x.grad.any()
+    with pytest.raises(TypeError, match=r"a is torch.float32; marlin_gen.gemm takes"):
+        layer(x)
+
+
 def test_gradient_reaches_the_input():
     layer = QuantLinear.from_float(linear(bias=True))
     x = torch.randn(3, 256).half().requires_grad_()

@@ -136,17 +136,36 @@ def test_a_transformer_encoder_runs_on():
         assert 0 < (made(x) - expected).norm() / expected.norm() < 0.12
 
 
-def test_what_a_model_of_transformers_keeps_in_float32_is_left():
-    """T5 casts activations to the type of wo's weight, which is no float in a QuantLinear."""
+@pytest.mark.parametrize(
+    ("kind", "sizes", "left", "reader"),
+    [
+        ("T5EncoderModel", {"d_model": 128, "d_kv": 64, "d_ff": 256, "num_heads": 2}, {"wo"}, "T5DenseActDense"),
+        ("MambaModel", {"hidden_size": 128, "state_size": 64, "time_step_rank": 128}, {"x_proj", "dt_proj", "out_proj"},
+         "MambaMixer"),
+    ],
+)  # fmt: skip
+def test_layers_whose_weight_the_module_around_them_reads_are_left(kind, sizes, left, reader):
+    """T5 casts activations to the type of wo's weight, which is no float in a QuantLinear; Mamba multiplies by it."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(vocab_size=128, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
-    made = transformers.T5EncoderModel(config).half().eval()
-    expected = made(IDS).last_hidden_state
-    found = quantize_model(nn.ModuleDict({"text": made}))  # a part of a model as well
-    assert len(found.replaced) == 2 * 5
-    assert set(found.skipped.values()) == {"is one that its model keeps in float32"}
-    assert 0 < (made(IDS).last_hidden_state - expected).norm() / expected.norm() < 0.3
+    kind = getattr(transformers, kind)
+    made = kind(kind.config_class(vocab_size=128, num_layers=1, num_hidden_layers=1, **sizes)).half().eval()
+    with torch.no_grad():
+        expected = made(IDS)[0]
+        found = quantize_model(nn.ModuleDict({"text": made}))  # a part of a model as well
+        assert found.replaced and {name.rpartition(".")[2] for name in found.skipped} == left
+        assert f"its weight is read by its {reader}, past its forward" in found.skipped.values()
+        assert 0 < (made(IDS)[0] - expected).norm() / expected.norm() < 0.3
 
+
+def test_a_class_without_source_is_taken_as_it_is():
+    space = {}
+    exec("import torch\nclass Odd(torch.nn.Module): pass", space)
+    made = space["Odd"]()
+    made.up = nn.Linear(256, 256)
+    assert quantize_model(made).replaced == ["up"]
+
+
+def test_what_a_model_of_transformers_keeps_in_float32_is_left():
     made = model()
     made._keep_in_fp32_modules_strict = ["0.up.weight", "layers.2", "own"]
     assert quantize_model(made).replaced == ["layers.0.down", "layers.1.up"]
