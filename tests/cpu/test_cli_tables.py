@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,9 @@ def test_show_reads_a_folder_or_an_archive(shipped, home, capsys, monkeypatch):
         found = said(capsys, "show", str(source), "--format", "u4b8g128", "--dtype", "f16")
         assert found["gpu"] == shipped.gpu.to_json() and found["folder"] == str(source)
         assert [row["m"] for row in found["rows"]] and found["summary"][-1]["cells"] == len(found["rows"])
+    made = tables.table(home / "own", [row(64, 128, 1, mma())])
+    replace(made, runs=(*made.runs, {"date": "2026-02-02", "export": {"regret": 0.03}})).write(made.folder)
+    assert main(["show", str(home / "own")]) == 0 and "; tuned 2026-01-01; " in capsys.readouterr().err
     both = str(shipped.folder.parent)
     assert said(capsys, "show", both, "--gpu", shipped.gpu.slug)["gpu"] == shipped.gpu.to_json()
     assert main(["show", str(home / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
