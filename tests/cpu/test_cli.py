@@ -226,6 +226,10 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     assert tuple(rows[0]) == COLUMNS
     table = DispatchTable.load(home / "out" / H100.slug)
     assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
+    failed = Measurement(PROBLEMS[0], table.rows[0].plan, "launch", detail="[/x] of another's words")
+    monkeypatch.setattr(bench.benching, "measure", lambda *_: iter([failed]))
+    assert main(["bench", "--shapes", "4096x4096", "--tokens", "1", "--csv", str(path)]) == 2
+    assert f"{table.rows[0].plan.key}: launch [/x] of another's words" in capsys.readouterr().err
 
 
 def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording, home, capsys, monkeypatch):

@@ -242,17 +242,18 @@ def test_verify_reports_drift_and_damage(home, capsys):
     log = MeasurementLog(home / "log", H100)
     for r, us, status in zip(rows, (10.0, 12.0, 8.0, None, 10.0), ("ok", "ok", "ok", "wrong", "ok"), strict=True):
         times = (us, us - 0.1, us + 0.1, 2e-4) if us else (None, None, None, None)
-        log.final(Measurement(r.problem, r.plan, status, *times))
+        log.final(Measurement(r.problem, r.plan, status, *times, detail="" if us else "[/x] of another's words"))
     log.close()
     pack(home / "log", home / "r.gz")
     (made.folder / made.kernels[rows[4].specs(H100)[0].key].file).unlink()
     found = said(capsys, "verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", code=1)
-    faults = [entry["fault"].split(":")[0] for entry in found["rows"]]
+    faults = [entry["fault"].split(":")[0].split(" [")[0] for entry in found["rows"]]
     assert faults == ["", "slower", "faster", "wrong", "not timed"]
     assert main(["verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", "--tolerance", "30"]) == 1
     shown = capsys.readouterr()
     assert "5 rows timed again: 0.99x the table's time in the mean, cuBLAS -, 2 at fault" in shown.err
     assert shown.out.count("u4b8g128") == 5, "a table has rows of several formats"
+    assert "[/x]" in shown.out, "not taken for the end of a style"
 
 
 def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):
@@ -296,6 +297,8 @@ def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(shipped, home, cap
     for name in ("[v2]", "x[/v2]"):
         assert main(["merge", str(shipped.folder), "--out", name]) == 0
         assert name in capsys.readouterr().out
+    made = tables.table(home / "t", [row(64, 128, 1, mma())], gpu=replace(H100, name="NVIDIA H100 [/v2]"))
+    assert main(["show", str(made.folder)]) == 0 and "NVIDIA H100 [/v2]" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_with_the_file_that_did_not_fit(shipped, home, capsys, monkeypatch):
