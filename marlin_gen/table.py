@@ -84,8 +84,8 @@ class DispatchTable:
         # Of rows of two protocols both are named, which no other table's times are compared with.
         both_protocols = dict.fromkeys((*self.protocol.split("; "), *newer.protocol.split("; ")))
         return replace(
-            newer, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
-            folder=self.folder,
+            self, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
+            _checked={},
         )  # fmt: skip
 
     def intact(self) -> DispatchTable:

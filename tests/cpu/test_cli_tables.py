@@ -17,7 +17,7 @@ from tables import A100, H100, mma, row
 from marlin_gen import env, whole_files
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
-from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.dispatch import Dispatcher, find_tables, tables_below
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, pack
@@ -222,6 +222,23 @@ def test_diff_names_what_differs_and_exits_with_one(home, capsys):
     tables.table(home / "c", [row(64, 128, 1, mma())], gpu=A100)
     assert main(["diff", a, str(home / "c")]) == 2
     assert "only one side has a table of" in capsys.readouterr().err
+
+
+def test_tables_of_one_kind_of_gpu_under_two_names(home, capsys):
+    """Each pair of them is compared; merged and imported they are one table, under the name that was there."""
+    other = replace(H100, bandwidth_gbs=3400)
+    tables.table(home / "a", [row(64, 128, 1, mma(32), us=9.0)])
+    tables.table(home / "b", [row(64, 128, 1, mma(64), us=8.0)])
+    tables.table(home / "b", [row(64, 128, 1, mma(32), us=9.0)], gpu=other)
+    found = said(capsys, "diff", str(home / "a"), str(home / "b"), code=1)
+    assert {name: one["same"] for name, one in found.items()} == {H100.slug: False, f"{H100.slug} {other.slug}": True}
+    said(capsys, "merge", str(home / "b"), "--out", str(home / "a"))
+    (made,) = tables_below(home / "a")
+    assert (made.gpu.slug, made.folder.name, made.rows[0].us) == (H100.slug, H100.slug, 8.0)
+    assert made.intact() == made
+    shutil.copytree(made.folder, home / "b" / "again")
+    assert main(["diff", str(home / "a"), str(home / "b")]) == 2
+    assert f"there are several tables of {H100.slug};" in capsys.readouterr().err
 
 
 # verify
