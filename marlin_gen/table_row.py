@@ -199,3 +199,13 @@ def defaults_beside(gpu: Gpu, rows: Iterable[TableRow]) -> list[KernelSpec]:
 def named_kernels(gpu: Gpu, rows: Collection[TableRow]) -> set[str]:
     """The spec keys that a look-up among these rows may name: theirs, and the defaults beside them."""
     return {spec.key for row in rows for spec in row.specs(gpu)} | {spec.key for spec in defaults_beside(gpu, rows)}
+
+
+def chosen_rows(old: Iterable[TableRow], newer: Iterable[TableRow], prefer: str) -> dict[Problem, TableRow]:
+    """One row of each problem; of two ``prefer`` says which: the "newer", the "older" or the "faster"."""
+    rows = {row.problem: row for row in old}
+    for row in newer:
+        known = rows.get(row.problem)
+        if known is None or prefer == "newer" or (prefer == "faster" and row.us < known.us):
+            rows[row.problem] = row
+    return rows

@@ -33,7 +33,8 @@ class Taken:
     table: str  # the folder it is in now
     rows_added: int
     rows_replaced: int
-    rows_kept: int  # where the other's row was preferred
+    rows_kept: int  # not taken: the other's row was preferred, or its build of the kernel
+    rows_dropped: int  # of before: timed with a build of the kernel that does not stay
     rows_damaged: int  # not read, or without an intact kernel
     kernels: int
 
@@ -102,17 +103,17 @@ def _publish(found: DispatchTable, target: Path, prefer: str) -> Taken:
     before = {row.problem for row in old.rows} if old else set()
     now = publish(target, whole, prefer=prefer)
     rows = {row.problem: row for row in now.rows}
-    both = [row for row in whole.rows if row.problem in before]
-    replaced = sum(rows[row.problem] == row for row in both)
-    lost = len(found.rows) - len(whole.rows)
-    return Taken(str(target), len(whole.rows) - len(both), replaced, len(both) - replaced, lost, len(now.kernels))
+    taken = [p for r in whole.rows if (p := r.problem) in rows and (rows[p].plan, rows[p].us) == (r.plan, r.us)]
+    added, replaced = len(rows.keys() - before), sum(problem in before for problem in taken)
+    lost, dropped = len(found.rows) - len(whole.rows), len(before - rows.keys())
+    return Taken(str(target), added, replaced, len(whole.rows) - added - replaced, dropped, lost, len(now.kernels))
 
 
 def _finish(done: Sequence[Taken], json: bool) -> None:
     if json:
         print_json({"tables": [vars(taken) for taken in done]})
     else:
-        columns = ("table", ">rows added", ">replaced", ">kept", ">damaged", ">kernels")
+        columns = ("table", ">rows added", ">replaced", ">kept", ">dropped", ">damaged", ">kernels")
         lines = ([escape(taken.table), *(str(v) for v in list(vars(taken).values())[1:])] for taken in done)
         out.print(table("", columns, lines))
     if damaged := sum(taken.rows_damaged for taken in done):

@@ -216,6 +216,36 @@ def test_publish_replaces_a_recompiled_kernel_for_all_its_rows(written, tmp_path
     assert len(found.rows) == 3
 
 
+OLD_BUILD = {1: (mma(32), 10.0), 2: (mma(32), 10.0), 3: (mma(32), 10.0)}  # m -> plan and time; m = 3 only here
+
+
+@pytest.mark.parametrize(
+    ("newer", "prefer", "times", "stays"),
+    [
+        # Two of the old build's rows win: the new build's time at m = 1 is not that of the kernel that stays.
+        ({1: (mma(32), 9.0), 2: (mma(32), 11.0), 4: (mma(32), 9.0), 5: (mma(64), 9.0)}, "faster",
+         {1: 10.0, 2: 10.0, 3: 10.0, 5: 9.0}, b"old"),
+        ({1: (mma(32), 9.0), 2: (mma(32), 9.0), 4: (mma(32), 9.0)}, "faster", {1: 9.0, 2: 9.0, 4: 9.0}, b"new"),
+        ({1: (mma(32), 9.0), 2: (mma(32), 9.0), 4: (mma(32), 9.0)}, "older", {1: 10.0, 2: 10.0, 3: 10.0}, b"old"),
+        ({m: (mma(64), 9.0) for m in (1, 2, 3)} | {4: (mma(32), 9.0)}, "faster", dict.fromkeys((1, 2, 3, 4), 9.0),
+         b"new"),
+    ],
+)  # fmt: skip
+def test_no_time_is_stated_for_a_build_that_did_not_take_it(tmp_path, newer, prefer, times, stays):
+    made = []
+    for content, cells in ((b"old", OLD_BUILD), (b"new", newer)):
+        artifacts = [tables.artifact(tmp_path / content.decode(), plan, content) for plan in (mma(32), mma(64))]
+        rows = [row(4096, 4096, m, plan, us, default=mma(32)) for m, (plan, us) in cells.items()]
+        built = DispatchTable.build(H100, rows, artifacts, {"date": content.decode()})
+        made.append(built.write(tmp_path / f"{content.decode()}-table", artifacts))
+    found = publish(made[0].folder, made[1], prefer=prefer)
+    assert {r.problem.m: r.us for r in found.rows} == times and found.intact() == found
+    for r in found.rows:
+        own, default = (found.cubin(spec.key).read_bytes() for spec in r.specs(H100))
+        timed = b"old" if r.us == 10.0 else b"new"
+        assert (own, default) == (timed, stays) and (r.default_us is not None) == (timed == stays)
+
+
 def test_publish_refuses_the_table_of_another_gpu(written, tmp_path):
     artifacts = [tables.artifact(tmp_path / "new", mma())]
     other = DispatchTable.build(H200, [row(4096, 4096, 1, mma())], artifacts, {})
