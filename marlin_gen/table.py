@@ -2,8 +2,8 @@
 
 A folder ``tuned/<gpu.slug>`` holds ``table.json`` (one row per line, sorted, named fields) and ``kernels/<spec
 key>.cubin``, whose sha256 the table records; the table's own is its first field. Whatever cannot be read or trusted is
-left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Writes are
-atomic and locked: any number of processes may tune into, import into and load from one folder at once.
+left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Files are
+written whole and under a lock: any number of processes may tune into, import into and load from one folder at once.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ class DispatchTable:
         """Write table and cubins, and delete cubins that the table does not name. Returns the table as it lies there.
 
         A kernel without an artifact must lie in ``folder``, or in one of the tables' folders ``sources``; a ValueError
-        names one that does not. Readers see the old table or the new one.
+        names one that does not. Readers see each file as it was or as it is now. A kill between a rebuilt kernel and
+        the table leaves that kernel to no row, with a warning, until it is written again.
         """
         cubins = {artifact.spec.key: artifact.cubin for artifact in artifacts}
         (folder / "kernels").mkdir(parents=True, exist_ok=True)

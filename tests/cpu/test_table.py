@@ -308,6 +308,27 @@ def test_a_full_disk_leaves_the_old_table(written, tmp_path, monkeypatch):
     assert not [path for path in written.folder.rglob(".*") if path.name != ".lock"], "no temporary file stays"
 
 
+def test_a_kill_between_a_rebuilt_cubin_and_the_table_costs_that_kernel_alone(written, tmp_path, monkeypatch):
+    artifacts = [tables.artifact(tmp_path / "new", mma(), content=b"compiled again")]
+    newer = DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {})
+    write = whole_files.write
+
+    def killed(path, content):
+        if path.name == FILE_NAME:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(whole_files, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(written.folder, newer, artifacts)
+    monkeypatch.undo()
+    found, lost = load(written.folder), artifacts[0].spec.key
+    with pytest.warns(TableWarning, match="using the next candidate"):
+        assert [key for key in found.kernels if found.cubin(key) is None] == [lost] and found == written
+    publish(written.folder, newer, artifacts)
+    assert load(written.folder).cubin(lost).read_bytes() == b"compiled again"
+
+
 def _publish_one(folder: Path, tmp_path: Path, n: int) -> None:
     plan = mma()
     artifacts = [tables.artifact(tmp_path / str(n), plan, content=b"same bytes")]
