@@ -141,6 +141,10 @@ def test_a_recorded_kernel_is_compiled_for_the_export(home, capsys, monkeypatch,
             log.measurement(Measurement(r.problem, plan, "ok", us, us * 0.99, us * 1.01, 2e-4))
     log.close()
     pack(home / "log", made.folder / RECORDING)
+    other = MeasurementLog(home / "other", H100, {"templates": "another"})  # of a format that the table has no row of
+    other.measurement(Measurement(replace(PROBLEM, weight_format="u4zg64"), near, "ok", 9.0, 8.9, 9.1, 2e-4))
+    other.close()
+    pack(home / "other", made.folder / "recording-u4zg64-f16.jsonl.gz")
     monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "t"))
     told = said(capsys, "export", "--gpu", made.gpu.slug, "--out", str(home / "o"), "--compile")
     found = DispatchTable.load(home / "o" / H100.slug)
