@@ -63,6 +63,7 @@ class Recording:
     artifacts: dict[str, dict[str, int]] = field(default_factory=dict)  # spec key -> registers, spill_bytes, ...
     batches: list[list[Proposal]] = field(default_factory=list)
     done: dict[KernelConfig, str] = field(default_factory=dict)  # config -> status
+    versions_of: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)  # of kinds read from other files
 
     def configs(self, kind: tuple[str, str] | None = None) -> list[KernelConfig]:
         """Every config that was tried (``kind``: for this weight format and activation type), by first trial."""

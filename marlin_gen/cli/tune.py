@@ -82,7 +82,7 @@ def tune(
                 break
             try:
                 if result.cells:  # at once, so that neither a later kind nor a closed pipe can lose it
-                    table = _publish(result, measurer, target)
+                    table = _publish(result, measurer, target, kind)
                     note(f"table: {table.folder}")
                     if record:
                         pack(kept.log, target / recording_name(*kind))
@@ -105,9 +105,9 @@ def rows_of(result: SearchResult) -> list[TableRow]:
     return [TableRow.of(cell.winner, cell.default, cell.baseline) for cell in result.cells]
 
 
-def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> DispatchTable:
+def _publish(result: SearchResult, measurer: Measurer, folder: Path, kind: arguments.Kind) -> DispatchTable:
     artifacts = list(result.artifacts.values())
-    table = DispatchTable.build(result.gpu, rows_of(result), artifacts, study.provenance(measurer))
+    table = DispatchTable.build(result.gpu, rows_of(result), artifacts, study.provenance(measurer, kind))
     return publish(folder, table, artifacts)
 
 
