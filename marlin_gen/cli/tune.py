@@ -17,7 +17,7 @@ from marlin_gen.cli.progress import tune_progress
 from marlin_gen.dispatch import find_tables, known_winners
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Measurer
-from marlin_gen.record import pack
+from marlin_gen.record import lines_of_others, pack
 from marlin_gen.replay import ReplayMeasurer, recording_name
 from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
 from marlin_gen.search import tune as search
@@ -26,6 +26,7 @@ from marlin_gen.table_publish import publish
 from marlin_gen.table_row import TableRow
 
 GPU_TRIALS, REPLAY_TRIALS = 2000, 192  # a replay compiles for real, on machines that may have two cores
+RECORD_HELP = "Put the trials beside the table, for replays. Those of other problems stay, if of the same versions."
 TRIALS_HELP = f"Kernels to try per format; {GPU_TRIALS}, a replay {REPLAY_TRIALS}."
 
 
@@ -43,7 +44,7 @@ def tune(
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
-    record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
+    record: Annotated[bool, typer.Option("--record", help=RECORD_HELP)] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once; default: the usable cores.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -59,6 +60,9 @@ def tune(
         versions = study.versions_of(measurer)
         target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
         arguments.check_writable(target, f"--out {to}")
+        recordings = {kind: target / recording_name(*kind) for kind in work.kinds if record}
+        for kind, path in recordings.items():  # now, not after the search
+            lines_of_others(path, versions, work.of(kind))
         for number, kind in enumerate(work.kinds):
             problems = work.of(kind)
             options = TuneOptions(
@@ -85,7 +89,7 @@ def tune(
                     table = _publish(result, measurer, target, kind)
                     note(f"table: {table.folder}")
                     if record:
-                        pack(kept.log, target / recording_name(*kind))
+                        pack(kept.log, recordings[kind], lines_of_others(recordings[kind], versions, problems))
             finally:
                 if not json:
                     _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
