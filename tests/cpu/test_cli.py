@@ -172,6 +172,8 @@ def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys)
     assert tune(recording, "--json") == 0
     again = capsys.readouterr()
     assert "going on with the study" in again.err
+    assert tune(recording) == 0
+    assert re.search(r"\d+ timings, earlier sessions of the study counted; \d+ s this time;", capsys.readouterr().err)
     assert json.loads(again.out)["rows"] == json.loads(first.out)["rows"]
     assert tune(recording, "--json", "--fresh") == 0
     assert "going on" not in capsys.readouterr().err
