@@ -72,8 +72,8 @@ class Regime:
 
 REGIMES = (
     Regime("decode, m 1-16", 1, 16),
-    Regime("small batch, m 32-256", 17, 256),
-    Regime("prefill, m 512-4096", 257, 1 << 30),
+    Regime("small batch, m 17-256", 17, 256),
+    Regime("prefill, m from 257", 257, 1 << 30),
 )
 
 

@@ -128,8 +128,8 @@ def _naming_the_cache() -> Iterator[None]:
     """Add to an OSError which folder it is about and what to do."""
     try:
         yield
-    except TimeoutError:
-        raise  # is an OSError, of the compiler
+    except (ChildProcessError, TimeoutError):
+        raise  # are OSErrors, of the compiler
     except OSError as error:
         raise OSError(
             error.errno,
@@ -171,6 +171,7 @@ def _build(
                 if done and int(done[1]) in waiting:
                     index = int(done[1])
                     yield _collect(batch / str(index), waiting.pop(index), toolchain)
+            process.wait()  # a status of its own, not that of being terminated
         finally:
             timer.cancel()
             process.terminate()
@@ -178,6 +179,11 @@ def _build(
             process.stdout.close()
         if waiting and expired.is_set():
             raise TimeoutError(f"{toolchain.name} has not compiled {waiting.popitem()[1].spec.key} in {seconds:.0f} s")
+        if waiting and process.returncode < 0:
+            raise ChildProcessError(
+                f"ninja was killed by signal {-process.returncode} before {len(waiting)} kernels were compiled, by hand"
+                " or for want of memory; run it again, with fewer compilers at once (--jobs) if memory is short"
+            )
         if waiting:
             raise OSError(errno.EIO, f"ninja ended with status {process.returncode} before {len(waiting)} kernels")
 

@@ -28,10 +28,19 @@ _NOT_DENSE = {
     "global_head_dim": "heads of two sizes",
     "per_layer_config": "layers of several sizes",
     "hybrid_override_pattern": "layers of several kinds",
+    "block_types": "layers of several kinds",
+    "block_auto_adjust_ff_dim": "an MLP of another size than intermediate_size",
+    "is_encoder_decoder": "layers with cross-attention",
+    "cross_layer_interval": "layers with cross-attention",
+    "cross_attention_layers": "layers with cross-attention",
+    "type_vocab_size": "an encoder, or a decoder built like one",
 }
 _ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # of layer_types
 # Their up projection has no gate beside it; nothing else in a config.json says so.
-_UNGATED = {"apertus", "arcee", "gpt_neox", "jais2", "nemotron", "persimmon", "phi", "starcoder2"}
+_UNGATED = {
+    "apertus", "apertus1p5_text", "arcee", "biogpt", "cosmos3_edge_text", "gpt_neox", "jais2", "nanochat", "nemotron",
+    "persimmon", "phi", "starcoder2",
+}  # fmt: skip
 
 
 class LayerShape(NamedTuple):
@@ -55,8 +64,10 @@ def model_shapes(model: str, tps: tuple[int, ...] = (1,), fmt: str = DEFAULT_FOR
     A ValueError when weights of format ``fmt`` cannot have one of them.
     """
     config, source = load_config(model)
-    if "shapes" in config:
-        return [LayerShape(model, *parse_shape(s, fmt)) for s in config["shapes"]]
+    if isinstance(shapes := config.get("shapes"), list):
+        if tps != (1,):
+            raise ValueError(f"{source} lists shapes, which --tp cannot divide; give --shapes as each rank has them")
+        return [LayerShape(model, *parse_shape(str(s), fmt)) for s in shapes]
     return _distinct([layer for tp in tps for layer in layer_shapes(config, tp, source, fmt)])
 
 
@@ -93,19 +104,29 @@ def layer_shapes(
     """
     if tp < 1:
         raise ValueError(f"tp={tp} is not a positive number of ranks")
-    config = config.get("text_config", config)  # multimodal models nest the decoder
-    found = [(name, config[name], what) for name, what in _NOT_DENSE.items() if config.get(name)]
-    others = set(config.get("layer_types") or config.get("layers_block_type") or ()) - _ATTENTION
-    found += [("layer_types", kind, "layers without plain attention") for kind in sorted(others)]
+    found = []
+    if (made_as := config.get("architectures")) and not re.search("CausalLM|ConditionalGeneration", str(made_as)):
+        found.append(("architectures", made_as, "neither a CausalLM nor a ConditionalGeneration"))
+    config = config.get("text_config") or config  # multimodal models nest the decoder
+    if not isinstance(config, dict):
+        raise ValueError(f"{source}: text_config={config!r:.60} is not a model config (an object)")
+    kind = str(config.get("model_type"))
+    found += [(name, config[name], what) for name, what in _NOT_DENSE.items() if config.get(name)]
+    found += [(name, value, "state-space layers") for name, value in config.items() if value and "mamba_" in name]
+    if kind == "muse_glimmer_text":  # no field says so
+        found.append(("model_type", kind, "attention with a gate"))
+    types = config.get("layer_types") or config.get("layers_block_type") or []
+    others = sorted({str(one) for one in types} - _ATTENTION) if isinstance(types, list) else [types]
+    found += [("layer_types", one, "layers without plain attention") for one in others]
     for name, value, what in found:
-        raise ValueError(f"{source}: {name}={value} means {what}; only dense decoder layers are derived,"
+        raise ValueError(f"{source}: {name}={value!s:.60} means {what}; only dense decoder layers are derived,"
                          " list the others with --shapes NxK,...")  # fmt: skip
     hidden = _field(config, "hidden_size", source)
     intermediate = _field(config, "intermediate_size", source)
     heads = _field(config, "num_attention_heads", source)
-    kv_heads = config.get("num_key_value_heads") or heads  # absent in configs older than grouped-query attention
-    gemma = str(config.get("model_type")).startswith("gemma")  # whose configs leave out what is the class's default
-    head_dim = config.get("head_dim") or (256 if gemma else hidden // heads)
+    kv_heads = _field(config, "num_key_value_heads", source, heads)  # absent before grouped-query attention
+    # Gemma's configs leave out what is the class's default.
+    head_dim = _field(config, "head_dim", source, 256 if kind.startswith("gemma") else hidden // heads)
 
     rank_heads = _split(heads, tp, "num_attention_heads", source)
     # With more ranks than kv heads each rank holds a copy of one.
@@ -115,7 +136,7 @@ def layer_shapes(
         LayerShape("qkv_proj", (rank_heads + 2 * rank_kv_heads) * head_dim, hidden),
         LayerShape("o_proj", hidden, rank_heads * head_dim),
         LayerShape("up_proj", rank_intermediate, hidden)
-        if config.get("model_type") in _UNGATED
+        if kind in _UNGATED
         else LayerShape("gate_up_proj", 2 * rank_intermediate, hidden),
         LayerShape("down_proj", hidden, rank_intermediate),
     ]
@@ -146,11 +167,14 @@ def _distinct(layers: list[LayerShape]) -> list[LayerShape]:
     return [LayerShape("+".join(known), n, k) for (n, k), known in names.items()]
 
 
-def _field(config: dict[str, Any], name: str, source: str) -> int:
-    value = config.get(name)
+def _field(config: dict[str, Any], name: str, source: str, default: int | None = None) -> int:
+    value = default if config.get(name) is None else config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = "has no" if name not in config else f"has {name}={value!r}, not a positive whole number, as"
-        raise ValueError(f"{source} {said} {name}; a dense decoder's config.json has it")
+        said = "has no" if name not in config else f"has {name}={value!r:.60}, not a positive whole number, as"
+        raise ValueError(
+            f"{source} {said} {name}; a dense decoder's config.json has it. If this one leaves out what is its class's"
+            " default, AutoConfig.from_pretrained(...).to_json_file(..., use_diff=False) writes it; or give --shapes"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
@@ -63,6 +63,7 @@ class Recording:
     artifacts: dict[str, dict[str, int]] = field(default_factory=dict)  # spec key -> registers, spill_bytes, ...
     batches: list[list[Proposal]] = field(default_factory=list)
     done: dict[KernelConfig, str] = field(default_factory=dict)  # config -> status
+    versions_of: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)  # of kinds read from other files
 
     def configs(self, kind: tuple[str, str] | None = None) -> list[KernelConfig]:
         """Every config that was tried (``kind``: for this weight format and activation type), by first trial."""
@@ -188,9 +189,22 @@ def load_recording(path: Path) -> Recording:
     return _parse(content.splitlines(), path)
 
 
-def pack(log: Path, recording: Path) -> None:
-    """Compress a log, byte for byte the same for equal logs; atomic."""
+def lines_of_others(recording: Path, versions: dict[str, str], problems: Iterable[Problem]) -> bytes:
+    """What a recording, if there is one, has of other problems than these; a ValueError if it is of other versions."""
+    lines = whole_files.read_unpacked(recording, MAX_BYTES).splitlines(keepends=True) if recording.exists() else []
+    others = set((found := _parse(lines, recording)).baselines) - set(problems) if lines else set()
+    if others and (found.versions, found.protocol) != (versions, PROTOCOL):
+        raise ValueError(f"{recording} has {len(others)} problems that this tune does not time, of other versions: move"
+                         " it away, or tune without --record")  # fmt: skip
+    rows = zip(lines[1:], _rows(lines[1:], recording), strict=False) if others else ()
+    return b"".join(line for line, row in rows if (_problem(row) in others if "n" in row else row["kind"] != "batch"))
+
+
+def pack(log: Path, recording: Path, others: bytes = b"") -> None:
+    """Compress a log, behind its first line the lines ``others``; byte for byte the same for equal logs; atomic."""
     content = (raw := log.read_bytes())[: raw.rfind(b"\n") + 1]
+    head = content.find(b"\n") + 1
+    content = content[:head] + others + content[head:]
     _parse(content.splitlines(), log)
     recording.parent.mkdir(parents=True, exist_ok=True)
     with naming(recording):

@@ -104,6 +104,7 @@ def find_recording(name: str) -> Recording:
         raise ValueError(f"no single recording is called {name!r}; known: {known}; a path to a recording works too")
     first, *others = map(load_recording, sorted(matches[0], key=lambda path: (path.name != FILE_NAME, path.name)))
     for other in others:
+        first.versions_of |= {(p.weight_format, p.act_dtype): other.versions for p in other.baselines}
         first.measurements += other.measurements
         first.finals += other.finals
         first.baselines |= other.baselines

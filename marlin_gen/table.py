@@ -2,15 +2,16 @@
 
 A folder ``tuned/<gpu.slug>`` holds ``table.json`` (one row per line, sorted, named fields) and ``kernels/<spec
 key>.cubin``, whose sha256 the table records; the table's own is its first field. Whatever cannot be read or trusted is
-left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Writes are
-atomic and locked: any number of processes may tune into, import into and load from one folder at once.
+left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Files are
+written whole and under a lock: any number of processes may tune into, import into and load from one folder at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 from marlin_gen import whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.measurement import PROTOCOL, Artifact
+from marlin_gen.problem import Problem
 from marlin_gen.table_file import FILE_NAME, MAX_CUBIN_BYTES, Parsed, file_text, read_file
-from marlin_gen.table_row import KernelFile, TableRow, named_kernels
+from marlin_gen.table_row import KernelFile, TableRow, chosen_rows, named_kernels
 
 __all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "fault_of", "parse"]
 
@@ -40,9 +42,7 @@ class DispatchTable:
     gpu: Gpu
     rows: tuple[TableRow, ...]  # sorted by (n, k, m), one per problem
     kernels: Mapping[str, KernelFile]  # by KernelSpec.key
-    runs: tuple[
-        dict[str, Any], ...
-    ] = ()  # provenance of each tuning run, oldest first: date, driver, torch, compiler ...
+    runs: tuple[dict[str, Any], ...] = ()  # of each tuning run, oldest first: date, driver, torch, compiler ...
     protocol: str = PROTOCOL
     folder: Path | None = None
     _checked: dict[str, KernelFile | None] = field(default_factory=dict, compare=False, repr=False)
@@ -61,7 +61,9 @@ class DispatchTable:
     def merged(self, newer: DispatchTable, prefer: str = "newer") -> DispatchTable:
         """The rows of both; ``prefer`` says whose where both have a problem: one of ``PREFERENCES``.
 
-        Kernels that no look-up names are dropped; of two builds of one kernel the newer's stays only under "newer".
+        Kernels that no look-up names are dropped. Of two builds of one kernel the newer's stays under "newer", for all
+        its rows, whose times are then of the build before. Else that which more of the chosen rows were timed with
+        ("older": any of the older's), and what was timed with the other is left out: a row, or its default's time.
         """
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is not one of {', '.join(PREFERENCES)}")
@@ -70,13 +72,11 @@ class DispatchTable:
                 f"the times of these tables cannot be compared: protocols {self.protocol!r} and {newer.protocol!r};"
                 " say whose rows to take, newer or older"
             )
-        rows = {row.problem: row for row in self.rows}
-        for row in newer.rows:
-            old = rows.get(row.problem)
-            if old is None or prefer == "newer" or (prefer == "faster" and row.us < old.us):
-                rows[row.problem] = row
+        rows, both = chosen_rows(self.rows, newer.rows, prefer), {**self.kernels, **newer.kernels}
+        if prefer != "newer":
+            both |= self._builds_that_stay(newer, rows, prefer)
+            rows = chosen_rows(self._timed_with(both), newer._timed_with(both), prefer)
         named = named_kernels(self.gpu, rows.values())
-        both = {**self.kernels, **newer.kernels} if prefer == "newer" else {**newer.kernels, **self.kernels}
         kernels = {key: kernel for key, kernel in both.items() if key in named}
         if prefer == "newer":  # a tune ships what it was told to, defaults of other shapes included
             kernels |= newer.kernels
@@ -84,9 +84,29 @@ class DispatchTable:
         # Of rows of two protocols both are named, which no other table's times are compared with.
         both_protocols = dict.fromkeys((*self.protocol.split("; "), *newer.protocol.split("; ")))
         return replace(
-            newer, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
-            folder=self.folder,
+            self, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
+            _checked={},
         )  # fmt: skip
+
+    def _builds_that_stay(
+        self, newer: DispatchTable, rows: Mapping[Problem, TableRow], prefer: str
+    ) -> dict[str, KernelFile]:
+        """The kernels of this table but those that ``merged`` takes in the newer's build."""
+        ours, theirs = (
+            Counter(row.specs(self.gpu)[0].key for row in table.rows if rows[row.problem] is row)
+            for table in (self, newer)
+        )
+        return {
+            key: kernel for key, kernel in self.kernels.items()
+            if not theirs[key] or (ours[key] if prefer == "older" else ours[key] >= theirs[key])
+        }  # fmt: skip
+
+    def _timed_with(self, kernels: Mapping[str, KernelFile]) -> Iterator[TableRow]:
+        """The rows whose kernel is of this build; without the default's time where that is of another."""
+        for row in self.rows:
+            own, *default = (self.kernels.get(spec.key) == kernels.get(spec.key) for spec in row.specs(self.gpu))
+            if own:
+                yield row if all(default) else replace(row, default_us=None)
 
     def intact(self) -> DispatchTable:
         """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing."""
@@ -166,7 +186,8 @@ class DispatchTable:
         """Write table and cubins, and delete cubins that the table does not name. Returns the table as it lies there.
 
         A kernel without an artifact must lie in ``folder``, or in one of the tables' folders ``sources``; a ValueError
-        names one that does not. Readers see the old table or the new one.
+        names one that does not. Readers see each file as it was or as it is now. A kill between a rebuilt kernel and
+        the table leaves that kernel to no row, with a warning, until it is written again.
         """
         cubins = {artifact.spec.key: artifact.cubin for artifact in artifacts}
         (folder / "kernels").mkdir(parents=True, exist_ok=True)

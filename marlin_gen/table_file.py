@@ -44,7 +44,7 @@ class Parsed:
     def of(cls, data: Any) -> Parsed:
         """The schema; a ValueError when the head is at fault."""
         try:
-            _check_versions(data)
+            check_versions(data)
             gpu = _gpu(take(data, "gpu", dict))
             protocol, runs = take(data, "protocol", str), take(data, "runs", list)
             kernel_data, row_data = take(data, "kernels", dict), take(data, "rows", list)
@@ -71,7 +71,8 @@ class Parsed:
         return cls(gpu, protocol, runs, kernels, rows, faults)
 
 
-def _check_versions(data: Any) -> None:
+def check_versions(data: Any) -> None:
+    """A ValueError unless the table is of this version's schema, packed layout and launch arguments."""
     fix = "it was written by another version of marlin_gen, tune again"
     for name, expected in (
         ("schema", SCHEMA), ("layout_version", LAYOUT_VERSION), ("launch_version", LAUNCH_VERSION)

@@ -105,7 +105,6 @@ class TableRow:
     default_us: float | None = None
     cublas_us: float | None = None  # fp16 matmul with the dense weight
     read_floor_us: float | None = None  # a plain read of the packed bytes
-    transferred_from: str = ""  # slug of the GPU whose table suggested the plan, when nothing was measured here
 
     def __post_init__(self) -> None:
         if not 0 < self.us_low <= self.us <= self.us_high:
@@ -147,8 +146,6 @@ class TableRow:
             value = getattr(self, name)
             row[name] = None if value is None else round(value, 3)
         row["relative_error"] = float(f"{self.relative_error:.3g}")
-        if self.transferred_from:
-            row["transferred_from"] = self.transferred_from
         return row
 
     @classmethod
@@ -165,7 +162,6 @@ class TableRow:
             _plan_from_json(take(data, "plan", dict)), us, low, high, error,
             _plan_from_json(take(data, "default_plan", dict)) if data.get("default_plan") is not None else None,
             default_us, cublas_us, read_floor_us,
-            take(data, "transferred_from", str) if "transferred_from" in data else "",
         )  # fmt: skip
 
 
@@ -203,3 +199,13 @@ def defaults_beside(gpu: Gpu, rows: Iterable[TableRow]) -> list[KernelSpec]:
 def named_kernels(gpu: Gpu, rows: Collection[TableRow]) -> set[str]:
     """The spec keys that a look-up among these rows may name: theirs, and the defaults beside them."""
     return {spec.key for row in rows for spec in row.specs(gpu)} | {spec.key for spec in defaults_beside(gpu, rows)}
+
+
+def chosen_rows(old: Iterable[TableRow], newer: Iterable[TableRow], prefer: str) -> dict[Problem, TableRow]:
+    """One row of each problem; of two ``prefer`` says which: the "newer", the "older" or the "faster"."""
+    rows = {row.problem: row for row in old}
+    for row in newer:
+        known = rows.get(row.problem)
+        if known is None or prefer == "newer" or (prefer == "faster" and row.us < known.us):
+            rows[row.problem] = row
+    return rows

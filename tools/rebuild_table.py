@@ -22,20 +22,21 @@ sys.path.insert(0, str(ROOT))
 
 from marlin_gen import whole_files  # noqa: E402
 from marlin_gen.arch import Gpu  # noqa: E402
-from marlin_gen.compile import compile_all  # noqa: E402
+from marlin_gen.compile import compile_all, reject_artifact  # noqa: E402
 from marlin_gen.config import KernelSpec  # noqa: E402
 from marlin_gen.formats import FORMATS  # noqa: E402
 from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
-from marlin_gen.table_file import FILE_NAME  # noqa: E402
+from marlin_gen.table_file import FILE_NAME, check_seal, check_versions  # noqa: E402
 from marlin_gen.table_row import KernelFile, TableRow, defaults_beside, named_kernels  # noqa: E402
 
 
 def compiled(specs: list[KernelSpec]) -> list[Artifact]:
-    """SystemExit when one of them does not compile."""
+    """SystemExit when one of them does not compile, or is no kernel that a tune would ship."""
     found = compile_all([render(spec) for spec in specs])
-    if failed := [f"{spec.key}: {result}" for spec, result in found.items() if not isinstance(result, Artifact)]:
+    faults = {spec: reject_artifact(r) if isinstance(r, Artifact) else str(r) for spec, r in found.items()}
+    if failed := [f"{spec.key}: {fault}" for spec, fault in faults.items() if fault]:
         raise SystemExit("\n".join(failed))
     return [result for result in found.values() if isinstance(result, Artifact)]
 
@@ -46,7 +47,14 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="compile only the defaults that the table lacks")
     parser.add_argument("--format", choices=sorted(FORMATS), help="compile only kernels of this weight format")
     options = parser.parse_args()
-    data = json.loads((options.table / FILE_NAME).read_bytes())
+    path = options.table / FILE_NAME
+    data = json.loads(content := path.read_bytes())
+    try:
+        check_seal(content)
+        if options.defaults:  # the others stay as they are
+            check_versions(data)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
     defaults, named = defaults_beside(gpu, rows), named_kernels(gpu, rows)
     there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
@@ -56,6 +64,8 @@ def main() -> None:
     kernels = there | {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
     table = DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"])
     with whole_files.locked(options.table):
+        if path.read_bytes() != content:
+            raise SystemExit(f"{path} was written by another process meanwhile; run this again")
         table.write(options.table, artifacts)
     print(f"{len(artifacts)} of {len(kernels)} kernels compiled, {len(rows)} rows")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from marlin_gen import bench as benching
 from marlin_gen.bench import BenchRow
@@ -66,7 +67,7 @@ def bench(
                         advance(f"{found.n}x{found.k} m={found.m}: {us(found.us)} us, {times(found.speedup)} cuBLAS")
                     else:
                         failures += 1
-                        err.print(f"[red]failed:[/] {_sentence(found)}", soft_wrap=True)
+                        err.print(f"[red]failed:[/] {escape(_sentence(found))}", soft_wrap=True)
                         advance("")
         except BaseException:
             if rows:  # a whole earlier bench is not overwritten by a part of this one

@@ -25,6 +25,8 @@ from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_archive import SUFFIX, write_archive
 from marlin_gen.table_row import KernelFile, defaults_beside
 
+COMPILE_HELP = "Choose from recorded kernels that the table lacks too; compile them. Only of today's templates."
+
 
 @dataclass(frozen=True)
 class Point:
@@ -51,7 +53,7 @@ def export(
         list[Path] | None, typer.Option(help="Recorded trials, or a study's log; default: those beside the table.")
     ] = None,
     build: Annotated[
-        bool, typer.Option("--compile", help="Choose from recorded kernels that the table lacks too; compile them.")
+        bool, typer.Option("--compile", help=COMPILE_HELP)
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -68,7 +70,7 @@ def export(
     recordings = [load_recording(path) for path in recording or _beside(found)]
     if not recordings:
         note("there are no recorded trials beside the table: each row has only its own kernel and its default")
-    usable = whole.kernels.keys() | (_recorded(recordings, found) if build else set())
+    usable = whole.kernels.keys() | (_recorded(recordings, whole) if build else set())
     keep = _default_kernels(whole) if defaults else set()
     options = subset.options_of(whole, recordings, usable)
     chosen = subset.select(options, limit, keep)
@@ -116,14 +118,17 @@ def _default_kernels(whole: DispatchTable) -> set[str]:
     return {spec.key for spec in defaults_beside(whole.gpu, whole.rows)} & whole.kernels.keys()
 
 
-def _recorded(recordings: Sequence[Recording], found: DispatchTable) -> set[str]:
-    """The kernels of the recordings; a ValueError unless compiling gives the very ones that were timed."""
+def _recorded(recordings: Sequence[Recording], whole: DispatchTable) -> set[str]:
+    """What was recorded of the table's formats; a ValueError unless compiling gives the kernels that were timed."""
     from marlin_gen.toolchain import find_toolchain
 
     compiler = find_toolchain()
     ours = {"templates": study.templates_digest(), "compiler": f"{compiler.name} {compiler.version}"}
     keys: set[str] = set()
+    kinds = {Kind.of(row.problem) for row in whole.rows}
     for recording in recordings:
+        if kinds.isdisjoint(map(Kind.of, recording.problems())):
+            continue
         for name, value in ours.items():
             if (theirs := recording.versions.get(name)) != value:
                 raise ValueError(
@@ -131,7 +136,7 @@ def _recorded(recordings: Sequence[Recording], found: DispatchTable) -> set[str]
                     " those that were timed. Leave --compile out, or tune again with --record"
                 )
         keys |= {
-            KernelSpec(m.plan.config, m.problem.weight_format, m.problem.act_dtype, found.gpu.arch.name).key
+            KernelSpec(m.plan.config, m.problem.weight_format, m.problem.act_dtype, whole.gpu.arch.name).key
             for m in recording.measurements
         }
     return keys

@@ -91,5 +91,5 @@ def _names(tables: list[DispatchTable]) -> str:
 
 
 def _when(found: DispatchTable) -> str:
-    dates = [str(run["date"]) for run in found.runs if "date" in run]
+    dates = [str(run["date"]) for run in found.runs if "date" in run and "export" not in run]
     return f"tuned {dates[-1]}; " if dates else ""

@@ -66,17 +66,18 @@ def versions_of(measurer: Measurer) -> dict[str, str]:
     if folder := env.override_dir():
         found["overrides"] = _digest([[path.name, path.read_text("utf-8")] for path in sorted(folder.glob("*.cu"))])
     if isinstance(measurer, ReplayMeasurer):
-        return {**found, "recording": _digest(sorted(measurer.recording.versions.items()))}
+        recorded = measurer.recording
+        return {**found, "recording": _digest([recorded.versions, sorted(recorded.versions_of.items())])}
     import torch
 
     return {**found, "torch": torch.__version__}
 
 
-def provenance(measurer: Measurer) -> dict[str, Any]:
-    """When and with what a table was made. A replay's is that of its recording, and says so."""
+def provenance(measurer: Measurer, kind: tuple[str, str]) -> dict[str, Any]:
+    """When and with what a table was made. A replay's is that of its recording of this kind, and says so."""
     run: dict[str, Any] = {"date": datetime.now(timezone.utc).date().isoformat(), "marlin_gen": _version()}
     if isinstance(measurer, ReplayMeasurer):
-        return {**run, "replay": True, **measurer.recording.versions}
+        return {**run, "replay": True, **measurer.recording.versions_of.get(kind, measurer.recording.versions)}
     from marlin_gen.driver import driver_version
     from marlin_gen.nvml import Card
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 
 from marlin_gen import env
 from marlin_gen.cli.console import note, out, print_json, table, us
+from marlin_gen.dispatch import tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.table import PREFERENCES, DispatchTable
 from marlin_gen.table_archive import held, opened
@@ -31,7 +33,8 @@ class Taken:
     table: str  # the folder it is in now
     rows_added: int
     rows_replaced: int
-    rows_kept: int  # where the other's row was preferred
+    rows_kept: int  # not taken: the other's row was preferred, or its build of the kernel
+    rows_dropped: int  # of before: timed with a build of the kernel that does not stay
     rows_damaged: int  # not read, or without an intact kernel
     kernels: int
 
@@ -63,13 +66,12 @@ def diff(
 ) -> None:
     """Show how two tables differ: rows, plans, times, kernels. Exits with 1 if they do."""
     with opened(old) as before, opened(new) as after:
-        pairs = _pairs(before, after)
-    found = {one.gpu.slug: difference(one, other) for one, other in pairs}
+        found = {name: difference(*pair) for name, pair in _pairs(before, after).items()}
     if json:
-        print_json({slug: _diff_json(changes) for slug, changes in found.items()})
+        print_json({name: _diff_json(changes) for name, changes in found.items()})
     else:
-        for slug, changes in found.items():
-            _print_diff(slug, changes)
+        for name, changes in found.items():
+            _print_diff(name, changes)
     if not all(changes.is_empty for changes in found.values()):
         raise typer.Exit(1)
 
@@ -80,12 +82,19 @@ def _take_in(source: Path, folder: Path, prefer: str) -> list[Taken]:
     done = []
     with opened(source) as tables:
         for found in tables:
-            target = folder / found.gpu.slug
+            target = _place(folder, found)
             if found.folder and target.resolve() == found.folder.resolve():
                 raise ValueError(f"{source} is the folder to write to; name another one")
             with held(found) as now:
                 done.append(_publish(now, target, prefer))
     return done
+
+
+def _place(folder: Path, found: DispatchTable) -> Path:
+    """Where the table belongs: with one of the same kind of GPU, which may have another name."""
+    named = folder / found.gpu.slug
+    same = (there.folder for there in tables_below(folder) if there.folder and there.gpu.same_class(found.gpu))
+    return named if named.exists() else next(same, named)
 
 
 def _publish(found: DispatchTable, target: Path, prefer: str) -> Taken:
@@ -94,17 +103,17 @@ def _publish(found: DispatchTable, target: Path, prefer: str) -> Taken:
     before = {row.problem for row in old.rows} if old else set()
     now = publish(target, whole, prefer=prefer)
     rows = {row.problem: row for row in now.rows}
-    both = [row for row in whole.rows if row.problem in before]
-    replaced = sum(rows[row.problem] == row for row in both)
-    lost = len(found.rows) - len(whole.rows)
-    return Taken(str(target), len(whole.rows) - len(both), replaced, len(both) - replaced, lost, len(now.kernels))
+    taken = [p for r in whole.rows if (p := r.problem) in rows and (rows[p].plan, rows[p].us) == (r.plan, r.us)]
+    added, replaced = len(rows.keys() - before), sum(problem in before for problem in taken)
+    lost, dropped = len(found.rows) - len(whole.rows), len(before - rows.keys())
+    return Taken(str(target), added, replaced, len(whole.rows) - added - replaced, dropped, lost, len(now.kernels))
 
 
 def _finish(done: Sequence[Taken], json: bool) -> None:
     if json:
         print_json({"tables": [vars(taken) for taken in done]})
     else:
-        columns = ("table", ">rows added", ">replaced", ">kept", ">damaged", ">kernels")
+        columns = ("table", ">rows added", ">replaced", ">kept", ">dropped", ">damaged", ">kernels")
         lines = ([escape(taken.table), *(str(v) for v in list(vars(taken).values())[1:])] for taken in done)
         out.print(table("", columns, lines))
     if damaged := sum(taken.rows_damaged for taken in done):
@@ -115,10 +124,16 @@ def _finish(done: Sequence[Taken], json: bool) -> None:
 Pair = tuple[DispatchTable, DispatchTable]
 
 
-def _pairs(before: Sequence[DispatchTable], after: Sequence[DispatchTable]) -> list[Pair]:
-    """Tables of the same kind of GPU; a ValueError when one has no partner."""
-    pairs = [(one, other) for one in before for other in after if one.gpu.same_class(other.gpu)]
-    alone = [t.gpu.slug for t in (*before, *after) if not any(t in pair for pair in pairs)]
+def _pairs(before: Sequence[DispatchTable], after: Sequence[DispatchTable]) -> dict[str, Pair]:
+    """Tables of the same kind of GPU, by their names; a ValueError when one has no partner, or shares its name."""
+    pairs: dict[str, Pair] = {}
+    for one, other in product(before, after):
+        if one.gpu.same_class(other.gpu):
+            name = " ".join(dict.fromkeys((one.gpu.slug, other.gpu.slug)))
+            if name in pairs:
+                raise ValueError(f"there are several tables of {name}; name the folder of one, on either side")
+            pairs[name] = (one, other)
+    alone = [t.gpu.slug for t in (*before, *after) if not any(t in pair for pair in pairs.values())]
     if alone:
         raise ValueError(f"only one side has a table of {', '.join(alone)}; name folders of the same GPUs' tables")
     return pairs
@@ -140,7 +155,7 @@ def _diff_json(found: TableDiff) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _print_diff(slug: str, found: TableDiff) -> None:
+def _print_diff(name: str, found: TableDiff) -> None:
     lines = [("+", _cell(row.problem), "", row.plan.key, "-", us(row.us), "") for row in found.added]
     lines += [("-", _cell(row.problem), row.plan.key, "", us(row.us), "-", "") for row in found.removed]
     for c in found.changed:
@@ -148,9 +163,9 @@ def _print_diff(slug: str, found: TableDiff) -> None:
         ratio = f"{c.ratio:.3f}{'' if c.is_clear else ' ~'}"  # ~: the 95 % intervals overlap
         lines.append(("*", _cell(c.old.problem), *plans, us(c.old.us), us(c.new.us), ratio))
     if lines:
-        out.print(table(slug, ("", "problem", "old plan", "new plan", ">old us", ">new us", ">ratio"), lines))
+        out.print(table(name, ("", "problem", "old plan", "new plan", ">old us", ">new us", ">ratio"), lines))
     note(
-        f"{slug}: {len(found.added)} rows added, {len(found.removed)} removed, {len(found.changed)} changed; kernels:"
+        f"{name}: {len(found.added)} rows added, {len(found.removed)} removed, {len(found.changed)} changed; kernels:"
         f" {len(found.kernels_added)} added, {len(found.kernels_removed)} removed, {len(found.kernels_rebuilt)} rebuilt"
     )
 

@@ -17,7 +17,7 @@ from marlin_gen.cli.progress import tune_progress
 from marlin_gen.dispatch import find_tables, known_winners
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
 from marlin_gen.measurement import Measurer
-from marlin_gen.record import pack
+from marlin_gen.record import lines_of_others, pack
 from marlin_gen.replay import ReplayMeasurer, recording_name
 from marlin_gen.search import SearchResult, TuneOptions, build_with_ninja
 from marlin_gen.search import tune as search
@@ -26,6 +26,7 @@ from marlin_gen.table_publish import publish
 from marlin_gen.table_row import TableRow
 
 GPU_TRIALS, REPLAY_TRIALS = 2000, 192  # a replay compiles for real, on machines that may have two cores
+RECORD_HELP = "Put the trials beside the table, for replays. Those of other problems stay, if of the same versions."
 TRIALS_HELP = f"Kernels to try per format; {GPU_TRIALS}, a replay {REPLAY_TRIALS}."
 
 
@@ -43,7 +44,7 @@ def tune(
     to: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write to; default: the user's.")] = None,
     folder: Annotated[Path | None, typer.Option("--study", help="Where trials are kept; default: the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with an earlier study of this work.")] = True,
-    record: Annotated[bool, typer.Option("--record", help="Put the trials beside the table, for replays.")] = False,
+    record: Annotated[bool, typer.Option("--record", help=RECORD_HELP)] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once; default: the usable cores.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -59,6 +60,9 @@ def tune(
         versions = study.versions_of(measurer)
         target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
         arguments.check_writable(target, f"--out {to}")
+        recordings = {kind: target / recording_name(*kind) for kind in work.kinds if record}
+        for kind, path in recordings.items():  # now, not after the search
+            lines_of_others(path, versions, work.of(kind))
         for number, kind in enumerate(work.kinds):
             problems = work.of(kind)
             options = TuneOptions(
@@ -82,10 +86,10 @@ def tune(
                 break
             try:
                 if result.cells:  # at once, so that neither a later kind nor a closed pipe can lose it
-                    table = _publish(result, measurer, target)
+                    table = _publish(result, measurer, target, kind)
                     note(f"table: {table.folder}")
                     if record:
-                        pack(kept.log, target / recording_name(*kind))
+                        pack(kept.log, recordings[kind], lines_of_others(recordings[kind], versions, problems))
             finally:
                 if not json:
                     _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)
@@ -105,9 +109,9 @@ def rows_of(result: SearchResult) -> list[TableRow]:
     return [TableRow.of(cell.winner, cell.default, cell.baseline) for cell in result.cells]
 
 
-def _publish(result: SearchResult, measurer: Measurer, folder: Path) -> DispatchTable:
+def _publish(result: SearchResult, measurer: Measurer, folder: Path, kind: arguments.Kind) -> DispatchTable:
     artifacts = list(result.artifacts.values())
-    table = DispatchTable.build(result.gpu, rows_of(result), artifacts, study.provenance(measurer))
+    table = DispatchTable.build(result.gpu, rows_of(result), artifacts, study.provenance(measurer, kind))
     return publish(folder, table, artifacts)
 
 
@@ -120,8 +124,8 @@ def _print(result: SearchResult, title: str) -> None:
         out.print(f"[red]no working kernel was found for {problem.n}x{problem.k} m={problem.m}[/]")
     failed = ", ".join(f"{status} {count}" for status, count in sorted(result.failures.items()))
     note(
-        f"{result.candidates} kernels tried, {result.pairs} timings in {result.seconds:.0f} s"
-        f"{f', failed: {failed}' if failed else ''}; the search ended: {result.stopped}"
+        f"{result.candidates} kernels tried, {result.pairs} timings{f', failed: {failed}' if failed else ''},"
+        f" earlier sessions of the study counted; {result.seconds:.0f} s this time; the search ended: {result.stopped}"
     )
 
 

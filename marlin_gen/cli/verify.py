@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from marlin_gen import drift
 from marlin_gen.bench import geomean
@@ -80,7 +81,7 @@ def _line(one: Drift, allowed: float) -> tuple[str, ...]:
     p = one.row.problem
     now = one.now.us if one.now else None
     ratios = ["-" if ratio is None else f"{ratio:.3f}" for ratio in (one.ratio, one.cublas_ratio)]
-    fault = f"[red]{found}[/]" if (found := one.fault(allowed)) else ""
+    fault = f"[red]{escape(found)}[/]" if (found := one.fault(allowed)) else ""
     problem = f"{p.n}x{p.k} m={p.m} {p.weight_format} {p.act_dtype}"
     return problem, one.row.plan.key, us(one.row.us), us(now), *ratios, fault
 

@@ -111,6 +111,7 @@ def sources(folder: Path) -> str:
 
 def provenance(table: DispatchTable) -> str:
     """Date and versions of the newest tuning run that the table records, the date first."""
-    run = table.runs[-1] if table.runs else {}
+    tunes = [run for run in table.runs if "export" not in run]
+    run = tunes[-1] if tunes else {}
     names = sorted(run, key=lambda name: (name != "date", name))
     return ", ".join(str(run[name]) if name == "date" else f"{name} {run[name]}" for name in names) or table.gpu.slug

@@ -69,7 +69,8 @@ def test_the_roofline_of_prefill_is_the_arithmetic():
 
 
 def test_one_regime_alone_has_no_second_line_of_all():
-    assert [s.regime for s in summarise([row(1, 5.0)], 775)] == ["decode, m 1-16"]
+    for m, name in ((1, "decode, m 1-16"), (24, "small batch, m 17-256"), (300, "prefill, m from 257")):
+        assert [s.regime for s in summarise([row(m, 5.0)], 775)] == [name]
 
 
 def test_geomean_of_nothing_is_an_error():

@@ -25,7 +25,7 @@ from marlin_gen.families import FAMILIES
 from marlin_gen.formats import weight_format
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
-from marlin_gen.record import MeasurementLog, pack
+from marlin_gen.record import MeasurementLog, load_recording, pack
 from marlin_gen.replay import ReplayMeasurer, find_recording
 from marlin_gen.space import ConfigSpace
 from marlin_gen.table import DispatchTable
@@ -172,9 +172,34 @@ def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys)
     assert tune(recording, "--json") == 0
     again = capsys.readouterr()
     assert "going on with the study" in again.err
+    assert tune(recording) == 0
+    assert re.search(r"\d+ timings, earlier sessions of the study counted; \d+ s this time;", capsys.readouterr().err)
     assert json.loads(again.out)["rows"] == json.loads(first.out)["rows"]
     assert tune(recording, "--json", "--fresh") == 0
     assert "going on" not in capsys.readouterr().err
+
+
+def test_a_recording_keeps_the_trials_of_other_problems(recording, home, capsys, monkeypatch):
+    words = ["tune", "--model", "tiny", "--device", f"replay:{recording}", "--out", str(home / "out"), "--record"]
+    path = home / "out" / H100.slug / "recording.jsonl.gz"
+    found = {}
+    for tokens in ("1,16", "16,64"):
+        assert main([*words, "--tokens", tokens, "--trials", "1"]) == 0
+        found[tokens] = load_recording(path)
+    before, both = found.values()
+    assert both.problems() == PROBLEMS and set(both.baselines) == set(PROBLEMS)
+    assert [m for m in both.measurements if m.problem.m == 1] == [m for m in before.measurements if m.problem.m == 1]
+    assert before.artifacts.items() <= both.artifacts.items() and before.done.keys() <= both.done.keys()
+    # What was timed with other versions is neither mixed in nor thrown away.
+    monkeypatch.setattr("marlin_gen.cli.study.versions_of", lambda measurer: {"templates": "another"})
+    content = path.read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--tokens", "1,16", "--trials", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} has 1 problems that this tune does not time, of other versions: move" in said
+    assert "searching" not in said and path.read_bytes() == content
+    assert main([*words, "--tokens", "1,16,64", "--trials", "1"]) == 0
+    assert load_recording(path).versions == {"templates": "another"}
 
 
 def test_hand_edited_kernels_are_timed_anew_when_they_change(recording, home, capsys, monkeypatch):
@@ -226,6 +251,10 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     assert tuple(rows[0]) == COLUMNS
     table = DispatchTable.load(home / "out" / H100.slug)
     assert [row["config"] for row in rows] == [row.plan.key for row in table.rows[:2]]
+    failed = Measurement(PROBLEMS[0], table.rows[0].plan, "launch", detail="[/x] of another's words")
+    monkeypatch.setattr(bench.benching, "measure", lambda *_: iter([failed]))
+    assert main(["bench", "--shapes", "4096x4096", "--tokens", "1", "--csv", str(path)]) == 2
+    assert f"{table.rows[0].plan.key}: launch [/x] of another's words" in capsys.readouterr().err
 
 
 def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording, home, capsys, monkeypatch):

@@ -28,9 +28,9 @@ H100 = Gpu((9, 0), 132, 50 << 20, 228 << 10, 3352, "NVIDIA H100 80GB HBM3")
 KINDS = [Kind("u4b8g128", "f16"), Kind("u4zg64", "f16")]
 
 
-def record(folder, kinds):
+def record(folder, kinds, templates="of a day"):
     """One recording of a few configs of each kind; times are the cost model's."""
-    log = MeasurementLog(folder / "log", H100, {"torch": "2.13.0"})
+    log = MeasurementLog(folder / "log", H100, {"torch": "2.13.0", "templates": templates})
     for kind in kinds:
         problems = [Problem(4096, 4096, m, *kind) for m in (1, 16)]
         space = ConfigSpace(H100.arch, weight_format(kind.weight_format), FAMILIES).enumerate()
@@ -128,6 +128,19 @@ def test_one_tune_of_two_formats_fills_one_table(recording, home, capsys, monkey
     assert "HBM3, u4zg64 f16" in capsys.readouterr().out
     assert main(["show", "--gpu", "h100", "--format", "u4b8g32"]) == 2
     assert "no row for u4b8g32; it has u4b8g128 f16, u4zg64 f16" in capsys.readouterr().err
+
+
+def test_a_replayed_table_says_of_each_kind_what_that_was_recorded_with(home, monkeypatch):
+    folder = home / "tuned" / H100.slug
+    folder.mkdir(parents=True)
+    for kind in KINDS:
+        record(home / kind.weight_format, [kind], f"of {kind}").rename(folder / recording_name(*kind))
+    monkeypatch.setattr("marlin_gen.env.tuned_dir", lambda: home / "tuned")
+    words = ["tune", "--shapes", "4096x4096", "--tokens", "1,16", "--format", "u4b8g128,u4zg64", "--trials", "1"]
+    assert main([*words, "--device", "replay:h100", "--out", str(home / "out")]) == 0
+    assert [run["templates"] for run in DispatchTable.load(home / "out" / H100.slug).runs] == [
+        f"of {kind}" for kind in KINDS
+    ]
 
 
 def test_a_recording_without_the_format_says_what_it_has(recording, capsys):

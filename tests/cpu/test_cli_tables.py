@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tables import A100, H100, mma, row
 from marlin_gen import env, whole_files
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
-from marlin_gen.dispatch import Dispatcher, find_tables
+from marlin_gen.dispatch import Dispatcher, find_tables, tables_below
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, pack
@@ -85,6 +86,9 @@ def test_show_reads_a_folder_or_an_archive(shipped, home, capsys, monkeypatch):
         found = said(capsys, "show", str(source), "--format", "u4b8g128", "--dtype", "f16")
         assert found["gpu"] == shipped.gpu.to_json() and found["folder"] == str(source)
         assert [row["m"] for row in found["rows"]] and found["summary"][-1]["cells"] == len(found["rows"])
+    made = tables.table(home / "own", [row(64, 128, 1, mma())])
+    replace(made, runs=(*made.runs, {"date": "2026-02-02", "export": {"regret": 0.03}})).write(made.folder)
+    assert main(["show", str(home / "own")]) == 0 and "; tuned 2026-01-01; " in capsys.readouterr().err
     both = str(shipped.folder.parent)
     assert said(capsys, "show", both, "--gpu", shipped.gpu.slug)["gpu"] == shipped.gpu.to_json()
     assert main(["show", str(home / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
@@ -137,6 +141,10 @@ def test_a_recorded_kernel_is_compiled_for_the_export(home, capsys, monkeypatch,
             log.measurement(Measurement(r.problem, plan, "ok", us, us * 0.99, us * 1.01, 2e-4))
     log.close()
     pack(home / "log", made.folder / RECORDING)
+    other = MeasurementLog(home / "other", H100, {"templates": "another"})  # of a format that the table has no row of
+    other.measurement(Measurement(replace(PROBLEM, weight_format="u4zg64"), near, "ok", 9.0, 8.9, 9.1, 2e-4))
+    other.close()
+    pack(home / "other", made.folder / "recording-u4zg64-f16.jsonl.gz")
     monkeypatch.setenv("MARLIN_GEN_TABLE", str(home / "t"))
     told = said(capsys, "export", "--gpu", made.gpu.slug, "--out", str(home / "o"), "--compile")
     found = DispatchTable.load(home / "o" / H100.slug)
@@ -220,6 +228,23 @@ def test_diff_names_what_differs_and_exits_with_one(home, capsys):
     assert "only one side has a table of" in capsys.readouterr().err
 
 
+def test_tables_of_one_kind_of_gpu_under_two_names(home, capsys):
+    """Each pair of them is compared; merged and imported they are one table, under the name that was there."""
+    other = replace(H100, bandwidth_gbs=3400)
+    tables.table(home / "a", [row(64, 128, 1, mma(32), us=9.0)])
+    tables.table(home / "b", [row(64, 128, 1, mma(64), us=8.0)])
+    tables.table(home / "b", [row(64, 128, 1, mma(32), us=9.0)], gpu=other)
+    found = said(capsys, "diff", str(home / "a"), str(home / "b"), code=1)
+    assert {name: one["same"] for name, one in found.items()} == {H100.slug: False, f"{H100.slug} {other.slug}": True}
+    said(capsys, "merge", str(home / "b"), "--out", str(home / "a"))
+    (made,) = tables_below(home / "a")
+    assert (made.gpu.slug, made.folder.name, made.rows[0].us) == (H100.slug, H100.slug, 8.0)
+    assert made.intact() == made
+    shutil.copytree(made.folder, home / "b" / "again")
+    assert main(["diff", str(home / "a"), str(home / "b")]) == 2
+    assert f"there are several tables of {H100.slug};" in capsys.readouterr().err
+
+
 # verify
 
 
@@ -238,17 +263,18 @@ def test_verify_reports_drift_and_damage(home, capsys):
     log = MeasurementLog(home / "log", H100)
     for r, us, status in zip(rows, (10.0, 12.0, 8.0, None, 10.0), ("ok", "ok", "ok", "wrong", "ok"), strict=True):
         times = (us, us - 0.1, us + 0.1, 2e-4) if us else (None, None, None, None)
-        log.final(Measurement(r.problem, r.plan, status, *times))
+        log.final(Measurement(r.problem, r.plan, status, *times, detail="" if us else "[/x] of another's words"))
     log.close()
     pack(home / "log", home / "r.gz")
     (made.folder / made.kernels[rows[4].specs(H100)[0].key].file).unlink()
     found = said(capsys, "verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", code=1)
-    faults = [entry["fault"].split(":")[0] for entry in found["rows"]]
+    faults = [entry["fault"].split(":")[0].split(" [")[0] for entry in found["rows"]]
     assert faults == ["", "slower", "faster", "wrong", "not timed"]
     assert main(["verify", str(home / "t"), "--device", f"replay:{home / 'r.gz'}", "--tolerance", "30"]) == 1
     shown = capsys.readouterr()
     assert "5 rows timed again: 0.99x the table's time in the mean, cuBLAS -, 2 at fault" in shown.err
     assert shown.out.count("u4b8g128") == 5, "a table has rows of several formats"
+    assert "[/x]" in shown.out, "not taken for the end of a style"
 
 
 def test_verify_takes_a_slower_card_for_what_it_is(home, capsys):
@@ -292,6 +318,8 @@ def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(shipped, home, cap
     for name in ("[v2]", "x[/v2]"):
         assert main(["merge", str(shipped.folder), "--out", name]) == 0
         assert name in capsys.readouterr().out
+    made = tables.table(home / "t", [row(64, 128, 1, mma())], gpu=replace(H100, name="NVIDIA H100 [/v2]"))
+    assert main(["show", str(made.folder)]) == 0 and "NVIDIA H100 [/v2]" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_with_the_file_that_did_not_fit(shipped, home, capsys, monkeypatch):

@@ -210,6 +210,17 @@ def test_a_full_disk_is_no_compile_failure(tmp_cache: Path, tmp_path: Path) -> N
     assert not entries(tmp_cache) and not list((tmp_cache / "tmp").iterdir())
 
 
+def test_a_killed_ninja_is_not_taken_for_a_full_disk(
+    tmp_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ninja").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setattr("ninja.BIN_DIR", str(tmp_path))
+    with pytest.raises(ChildProcessError, match="ninja was killed by signal 9 before 1 kernels were compiled"):
+        compile_all([small(0)])
+    assert not entries(tmp_cache) and not list((tmp_cache / "tmp").iterdir())
+
+
 def test_an_error_in_on_done_stops_the_batch(tmp_cache: Path) -> None:
     """It reaches the caller as it is, no compiler is left running, and what was finished is kept."""
 

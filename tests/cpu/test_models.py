@@ -95,6 +95,19 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
         model_shapes(str(path))
 
 
+@pytest.mark.parametrize("shapes", [[4096], ["4096x"], [None]])
+def test_a_list_of_what_are_no_shapes_is_quoted(tmp_path, shapes):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"shapes": shapes}))
+    with pytest.raises(ValueError, match=r"not a shape: '(4096x?|None)'"):
+        model_shapes(str(path))
+
+
+def test_listed_shapes_are_not_divided():
+    with pytest.raises(ValueError, match="preset tiny lists shapes, which --tp cannot divide"):
+        model_shapes("tiny", (2,))
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json"):
         load_config("nowhere/config.json")
@@ -124,6 +137,15 @@ def test_a_mixture_of_experts_is_refused_by_name():
         ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern=.* means layers of several kinds"),  # Nemotron-H
         ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types=linear_attention"),  # Qwen3.5
         ({"layers_block_type": ["mamba", "attention"]}, "layer_types=mamba"),
+        ({"layer_types": 5}, "layer_types=5"),
+        ({"block_types": ["recurrent", "attention"]}, "block_types=.* means layers of several kinds"),  # RecurrentGemma
+        ({"mamba_d_state": 16}, "mamba_d_state=16 means state-space layers"),  # Bamba, Falcon-H1
+        ({"block_auto_adjust_ff_dim": True}, "means an MLP of another size than intermediate_size"),  # LFM2
+        ({"cross_layer_interval": 1}, "means layers with cross-attention"),  # IDEFICS
+        ({"cross_attention_layers": [3]}, "means layers with cross-attention"),  # Llama 3.2 Vision
+        ({"is_encoder_decoder": True}, "means layers with cross-attention"),
+        ({"type_vocab_size": 2}, "type_vocab_size=2 means an encoder"),  # BERT and its like
+        ({"model_type": "muse_glimmer_text"}, "means attention with a gate"),
     ],
 )
 def test_layers_that_are_not_those_of_a_plain_decoder_are_refused_by_name(fields, message):
@@ -131,11 +153,55 @@ def test_layers_that_are_not_those_of_a_plain_decoder_are_refused_by_name(fields
         layer_shapes({"text_config": {**LLAMA_8B, **fields}})
 
 
+def test_a_model_that_is_no_decoder_is_refused_by_its_architecture():
+    for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration"):
+        assert layer_shapes({**LLAMA_8B, "architectures": [name]}) == layer_shapes(LLAMA_8B)
+    with pytest.raises(ValueError, match=r"architectures=\['ViTModel'\] means neither a CausalLM nor"):
+        layer_shapes({"architectures": ["ViTModel"], "text_config": LLAMA_8B})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": "8"}, "num_key_value_heads='8', not a positive whole number"),
+        ({"head_dim": [128]}, r"head_dim=\[128\], not a positive whole number"),
+        ({"head_dim": -128}, "head_dim=-128, not a positive whole number"),
+        ({"head_dim": 0}, "head_dim=0, not a positive whole number"),
+        ({"text_config": [1]}, r"text_config=\[1\] is not a model config"),
+        ({"text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}},
+         r"has no num_attention_heads; .* AutoConfig.*use_diff=False.*--shapes"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_or_left_out_is_named_with_what_to_do(fields, message):
+    with pytest.raises(ValueError, match=message):
+        layer_shapes({**LLAMA_8B, **fields})
+
+
+def test_fields_that_are_null_count_as_absent():
+    nothing = dict.fromkeys(("text_config", "num_key_value_heads", "head_dim", "layer_types", "architectures"))
+    assert layer_shapes({**LLAMA_8B, **nothing}) == layer_shapes({**LLAMA_8B, "num_key_value_heads": 32})
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["apertus", "arcee", "biogpt", "gemma3_text", "llama", "nanochat", "phi", "phi3", "qwen3", "starcoder2"],
+)
+def test_the_shapes_are_those_of_the_modules_in_transformers(model_type):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    linears = [module.weight.numel() for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    found = layer_shapes(json.loads(config.to_json_string(use_diff=False)))
+    assert sum(layer.n * layer.k * len(layer.name.split("+")) for layer in found) == sum(linears)
+
+
 def test_windowed_attention_is_plain():
     assert layer_shapes({**LLAMA_8B, "layer_types": ["sliding_attention", "full_attention"]}) == layer_shapes(LLAMA_8B)
 
 
-@pytest.mark.parametrize("model_type", ["arcee", "gpt_neox", "nemotron", "phi", "starcoder2"])
+@pytest.mark.parametrize("model_type", ["arcee", "gpt_neox", "jais2", "nemotron", "persimmon", "phi", "starcoder2"])
 def test_a_model_whose_mlp_has_no_gate_gets_the_up_projection_alone(model_type):
     layers = {layer.name: (layer.n, layer.k) for layer in layer_shapes({**LLAMA_8B, "model_type": model_type})}
     assert (layers["up_proj"], layers["down_proj"]) == ((14336, 4096), (4096, 14336))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import tables
 from load_tool import load_tool
 from tables import A100, mma, row
 
+from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.families.defaults import default_specs
-from marlin_gen.table import DispatchTable
+from marlin_gen.measurement import Artifact
+from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table_file import seal
 
 KIND = ("u4b8g128", "f16")
 ROWS = [row(4096, 4096, 1, mma(32), default=mma(48)), row(4096, 4096, 16, mma(32, 16))]
@@ -59,3 +63,47 @@ def test_only_missing_defaults_are_compiled(made, monkeypatch, capsys):
     assert all(is_elf(found.cubin(key)) for key in found.kernels.keys() - kept)
     rebuilt(made, monkeypatch, "--defaults")
     assert f"0 of {len(found.kernels)} kernels compiled" in capsys.readouterr().out.splitlines()[-1]
+
+
+def stopped(made: DispatchTable, monkeypatch, *words: str) -> str:
+    """Why the tool left the table as it is."""
+    before = (made.folder / FILE_NAME).read_bytes()
+    monkeypatch.setattr(sys, "argv", ["rebuild_table.py", str(made.folder), *words])
+    with pytest.raises(SystemExit) as why:
+        rebuild_table.main()
+    assert (made.folder / FILE_NAME).read_bytes() == before
+    return str(why.value)
+
+
+def test_kernels_of_an_earlier_version_are_not_taken_for_todays(made, monkeypatch):
+    path, now = made.folder / FILE_NAME, f'"launch_version": {LAUNCH_VERSION}'
+    path.write_text(seal(path.read_text().split("\n", 2)[2].replace(now, '"launch_version": 1')))
+    assert "launch_version=1 is not" in stopped(made, monkeypatch, "--defaults")
+    rebuilt(made, monkeypatch)  # all of them are compiled anew
+
+
+def test_an_edited_table_is_not_sealed_anew(made, monkeypatch):
+    path = made.folder / FILE_NAME
+    path.write_text(path.read_text().replace('"us": 10.0', '"us": 1.0'))
+    for words in ((), ("--defaults",)):
+        assert "its sha256 is not that of its content" in stopped(made, monkeypatch, *words)
+
+
+def test_what_another_process_wrote_meanwhile_stays(made, monkeypatch):
+    def meanwhile(specs):
+        replace(made, runs=({"date": "2026-02-02"},)).write(made.folder)
+        return []
+
+    monkeypatch.setattr(rebuild_table, "compiled", meanwhile)
+    monkeypatch.setattr(sys, "argv", ["rebuild_table.py", str(made.folder), "--defaults"])
+    with pytest.raises(SystemExit, match="written by another process meanwhile; run this again"):
+        rebuild_table.main()
+    assert DispatchTable.load(made.folder).runs == ({"date": "2026-02-02"},)
+
+
+def test_a_kernel_that_spills_is_not_shipped(made, monkeypatch):
+    def spilling(sources):
+        return {s.spec: Artifact(s.spec, s.symbol, Path(), 64, spill_bytes=8, static_smem_bytes=0) for s in sources}
+
+    monkeypatch.setattr(rebuild_table, "compile_all", spilling)
+    assert "spills 8 bytes of registers to local memory" in stopped(made, monkeypatch)

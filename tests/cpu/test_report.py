@@ -39,7 +39,8 @@ def folder(tmp_path):
     """One GPU with a table and nothing else."""
     row = TableRow(Problem(4096, 4096, 16), PLANS[0], 4.0, 3.9, 4.1, 2e-4, PLANS[1], 6.0, 15.0, 4.0)
     path = tmp_path / "tuned" / H100.slug
-    DispatchTable(H100, (row,), {}, ({"date": "2025-01-02", "torch": "2.13.0"},)).write(path)
+    runs = {"date": "2025-01-02", "torch": "2.13.0"}, {"date": "2025-03-03", "export": {"regret": 0.03}}
+    DispatchTable(H100, (row,), {}, runs).write(path)
     return path
 
 

@@ -216,6 +216,36 @@ def test_publish_replaces_a_recompiled_kernel_for_all_its_rows(written, tmp_path
     assert len(found.rows) == 3
 
 
+OLD_BUILD = {1: (mma(32), 10.0), 2: (mma(32), 10.0), 3: (mma(32), 10.0)}  # m -> plan and time; m = 3 only here
+
+
+@pytest.mark.parametrize(
+    ("newer", "prefer", "times", "stays"),
+    [
+        # Two of the old build's rows win: the new build's time at m = 1 is not that of the kernel that stays.
+        ({1: (mma(32), 9.0), 2: (mma(32), 11.0), 4: (mma(32), 9.0), 5: (mma(64), 9.0)}, "faster",
+         {1: 10.0, 2: 10.0, 3: 10.0, 5: 9.0}, b"old"),
+        ({1: (mma(32), 9.0), 2: (mma(32), 9.0), 4: (mma(32), 9.0)}, "faster", {1: 9.0, 2: 9.0, 4: 9.0}, b"new"),
+        ({1: (mma(32), 9.0), 2: (mma(32), 9.0), 4: (mma(32), 9.0)}, "older", {1: 10.0, 2: 10.0, 3: 10.0}, b"old"),
+        ({m: (mma(64), 9.0) for m in (1, 2, 3)} | {4: (mma(32), 9.0)}, "faster", dict.fromkeys((1, 2, 3, 4), 9.0),
+         b"new"),
+    ],
+)  # fmt: skip
+def test_no_time_is_stated_for_a_build_that_did_not_take_it(tmp_path, newer, prefer, times, stays):
+    made = []
+    for content, cells in ((b"old", OLD_BUILD), (b"new", newer)):
+        artifacts = [tables.artifact(tmp_path / content.decode(), plan, content) for plan in (mma(32), mma(64))]
+        rows = [row(4096, 4096, m, plan, us, default=mma(32)) for m, (plan, us) in cells.items()]
+        built = DispatchTable.build(H100, rows, artifacts, {"date": content.decode()})
+        made.append(built.write(tmp_path / f"{content.decode()}-table", artifacts))
+    found = publish(made[0].folder, made[1], prefer=prefer)
+    assert {r.problem.m: r.us for r in found.rows} == times and found.intact() == found
+    for r in found.rows:
+        own, default = (found.cubin(spec.key).read_bytes() for spec in r.specs(H100))
+        timed = b"old" if r.us == 10.0 else b"new"
+        assert (own, default) == (timed, stays) and (r.default_us is not None) == (timed == stays)
+
+
 def test_publish_refuses_the_table_of_another_gpu(written, tmp_path):
     artifacts = [tables.artifact(tmp_path / "new", mma())]
     other = DispatchTable.build(H200, [row(4096, 4096, 1, mma())], artifacts, {})
@@ -278,6 +308,27 @@ def test_a_full_disk_leaves_the_old_table(written, tmp_path, monkeypatch):
     assert not [path for path in written.folder.rglob(".*") if path.name != ".lock"], "no temporary file stays"
 
 
+def test_a_kill_between_a_rebuilt_cubin_and_the_table_costs_that_kernel_alone(written, tmp_path, monkeypatch):
+    artifacts = [tables.artifact(tmp_path / "new", mma(), content=b"compiled again")]
+    newer = DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {})
+    write = whole_files.write
+
+    def killed(path, content):
+        if path.name == FILE_NAME:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(whole_files, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(written.folder, newer, artifacts)
+    monkeypatch.undo()
+    found, lost = load(written.folder), artifacts[0].spec.key
+    with pytest.warns(TableWarning, match="using the next candidate"):
+        assert [key for key in found.kernels if found.cubin(key) is None] == [lost] and found == written
+    publish(written.folder, newer, artifacts)
+    assert load(written.folder).cubin(lost).read_bytes() == b"compiled again"
+
+
 def _publish_one(folder: Path, tmp_path: Path, n: int) -> None:
     plan = mma()
     artifacts = [tables.artifact(tmp_path / str(n), plan, content=b"same bytes")]
@@ -321,10 +372,9 @@ def test_row_of_measurements():
         TableRow.of(replace(winner, status="wrong"), None, None)
 
 
-def test_transferred_rows_say_so():
-    made = replace(row(4096, 4096, 1, mma()), transferred_from="h100-132sm-3352gbs")
-    assert TableRow.from_json(made.to_json()) == made
-    assert "transferred_from" not in row(4096, 4096, 1, mma()).to_json()
+def test_a_field_of_earlier_rows_is_passed_over():
+    made = row(4096, 4096, 1, mma())
+    assert TableRow.from_json(made.to_json() | {"transferred_from": "h100-132sm-3352gbs"}) == made
 
 
 def test_shipped_tables_are_whole():
