@@ -105,11 +105,12 @@ def layer_shapes(
     if tp < 1:
         raise ValueError(f"tp={tp} is not a positive number of ranks")
     found = []
-    if (made_as := config.get("architectures")) and not re.search("CausalLM|ConditionalGeneration", str(made_as)):
-        found.append(("architectures", made_as, "neither a CausalLM nor a ConditionalGeneration"))
+    made_as = str(config.get("architectures") or "CausalLM")
     config = config.get("text_config") or config  # multimodal models nest the decoder
     if not isinstance(config, dict):
         raise ValueError(f"{source}: text_config={config!r:.60} is not a model config (an object)")
+    if "MaskedLM" in made_as or ("vocab_size" not in config and not re.search("CausalLM|Conditional", made_as)):
+        found.append(("architectures", made_as, "no decoder of text"))
     kind = str(config.get("model_type"))
     found += [(name, config[name], what) for name, what in _NOT_DENSE.items() if config.get(name)]
     found += [(name, value, "state-space layers") for name, value in config.items() if value and "mamba_" in name]

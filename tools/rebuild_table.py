@@ -51,7 +51,7 @@ def main() -> None:
     data = json.loads(content := path.read_bytes())
     try:
         check_seal(content)
-        if options.defaults:  # the others stay as they are
+        if options.defaults or options.format:  # the others stay as they are
             check_versions(data)
     except ValueError as error:
         raise SystemExit(f"{path}: {error}") from None

@@ -154,10 +154,14 @@ def test_layers_that_are_not_those_of_a_plain_decoder_are_refused_by_name(fields
 
 
 def test_a_model_that_is_no_decoder_is_refused_by_its_architecture():
-    for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration"):
-        assert layer_shapes({**LLAMA_8B, "architectures": [name]}) == layer_shapes(LLAMA_8B)
-    with pytest.raises(ValueError, match=r"architectures=\['ViTModel'\] means neither a CausalLM nor"):
-        layer_shapes({"architectures": ["ViTModel"], "text_config": LLAMA_8B})
+    for name, fields in {
+        "LlamaForCausalLM": {}, "LlavaForConditionalGeneration": {}, "Qwen3Model": {"vocab_size": 9},
+        "LlamaForSequenceClassification": {"vocab_size": 9},
+    }.items():  # fmt: skip
+        assert layer_shapes({**LLAMA_8B, **fields, "architectures": [name]}) == layer_shapes(LLAMA_8B)
+    for name, fields in {"ViTModel": {}, "DebertaV2ForMaskedLM": {"vocab_size": 9, "type_vocab_size": 0}}.items():
+        with pytest.raises(ValueError, match=rf"architectures=\['{name}'\] means no decoder of text"):
+            layer_shapes({**LLAMA_8B, **fields, "architectures": [name]})
 
 
 @pytest.mark.parametrize(
