@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families.base import LaunchShape, fitted, reciprocal, reject_format
+from marlin_gen.families.wgmma_work import work
 from marlin_gen.formats import WeightFormat, weight_format
 from marlin_gen.problem import Problem
 
@@ -124,36 +124,16 @@ class WgmmaFamily:
             return f"k={problem.k} has fewer blocks of block_k={config.block_k} than cluster_size={config.cluster_size}"
         if self.num_tiles(config, problem) * (problem.k // config.block_k) >= 2**30:  # int32 in the kernel
             return f"m={problem.m} is too large"
+        if problem.n * problem.k * weight_format(problem.weight_format).bits >= 1 << 39:  # offsets in 16 bytes, uint32
+            return f"n={problem.n} by k={problem.k} are 64 GiB of weights or more"
         return None
 
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
         """Of the default configs that can serve the problem, the one with the least estimated work per SM."""
         configs = self.defaults(gpu.arch, weight_format(problem.weight_format)) or (*_DEFAULTS, _ANY_K)
         usable = [c for c in configs if self.reject_problem(c, problem) is None] or [_ANY_K]
-        config = min(usable, key=lambda c: self._work(c, problem, gpu.num_sms))
+        config = min(usable, key=lambda c: work(c, problem, self.num_tiles(c, problem), gpu.num_sms))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
-
-    def _work(self, config: KernelConfig, problem: Problem, num_sms: int) -> float:
-        """What the busiest SM does, in multiply-adds, as far as that orders the defaults.
-
-        Its constants are fitted to the recordings of an H100 and an H200 and to ten shapes tuned apart (0.4 % from the
-        best of all defaults in the mean over m >= 32, 6 % at worst): a token tile costs as much as 27 tokens more
-        (decoding), with whole numbers 22 and three tenths of the tile (scaling), where rows have no lifts 20 and one;
-        a tile of 64 features is 1.42 times slower than two side by side, with two rings 1.17 times; stripes cost 1.2
-        times what they hold; to split a tile costs 3500 k of it, over a cluster 800.
-        """
-        c = config
-        slower = 1.0 if c.block_n > 64 else 1.17 if c.a_stages else 1.42
-        deferred = (1.3, 22) if weight_format(problem.weight_format).has_lifts else (1.1, 20)
-        tokens = c.block_m + 27 if c.dequant == "exact" else deferred[0] * c.block_m + deferred[1]
-        tile = c.block_n * tokens * problem.k * c.blocks_per_sm * slower
-        sums = c.block_n * c.block_m
-        waves = self.num_tiles(c, problem) / (num_sms * c.blocks_per_sm // c.cluster_size)
-        if c.partition == "striped":
-            return waves * tile * 1.2 + 3500 * sums
-        if c.partition == "clusterk":
-            return math.ceil(waves) * (tile / c.cluster_size + 800 * sums)
-        return math.ceil(waves) * tile
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         return fitted(self, (*_DEFAULTS, _ANY_K), fmt, arch)
