@@ -1,7 +1,8 @@
-"""How the eight fp8 codes of a lane and block lie in its two words x and y, so that decoding to bf16 is short.
+"""Codes that are fp8 numbers (e4m3): which are none, and how the eight of a lane and block lie in its two words.
 
-A register of bf16 holds two codes, those of k and k + 1: in each half the sign in bit 15, exponent and mantissa in bits
-10 .. 4. Seven instructions (dequant_e4m3.cuh) make a lane's four registers a, b, c, d, all masked to those bits:
+Words x and y are such that decoding to bf16 is short. A register of bf16 holds two codes, those of k and k + 1: in each
+half the sign in bit 15, exponent and mantissa in bits 10 .. 4. Seven instructions (dequant_e4m3.cuh) make a lane's
+four registers a, b, c, d, all masked to those bits:
 
     a = x    b = y    c = p ^ (x << 4)    d = p ^ rotate_right(y, 4)    p = bytes 1 of x, 0 of y, 3 of x, 2 of y
 
@@ -12,6 +13,22 @@ then, so that words for any codes exist, and only one for each.
 from __future__ import annotations
 
 import torch
+
+SCALE_LIMIT = 146  # 448, the largest number, times it is one that f16 holds
+
+
+def is_nan(codes: torch.Tensor) -> torch.Tensor:
+    """Which codes (uint8) of e4m3 are no number."""
+    return codes & 0x7F == 0x7F
+
+
+def check(codes: torch.Tensor, scales: torch.Tensor, name: str) -> None:
+    """A ValueError for codes that are no number, and for scales by which a weight might not be finite."""
+    if bool(is_nan(codes).any()):
+        raise ValueError(f"codes have NaN (0x7f, 0xff), which {name} does not hold; check the checkpoint")
+    if not bool((scales.abs() <= SCALE_LIMIT).all()):
+        worst = scales.abs().max().item()
+        raise ValueError(f"the largest scale is {worst}; {name} holds those up to {SCALE_LIMIT}")
 
 
 def to_words(words: torch.Tensor) -> torch.Tensor:

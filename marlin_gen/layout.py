@@ -23,6 +23,8 @@ and g + 8 as one word.
 Formats about a constant zero point have ``[n / 64][k / group + 1][64]``: behind the scales of the groups, in the same
 order, each row's lift, a power of two that brings its largest scale into [8, 16). A kernel multiplies its scales by it,
 so that a code read as a subnormal number, times the scale, is a normal one (dequant.cuh), and divides the sums by it.
+Groups of nothing but zero points have no say in that, and no scale above those of the row's others: it would cost them
+their bits, and says nothing itself. In bf16 exact wgmma kernels activations count from 2^-54 on, for the same reason.
 
 Formats with offsets z have ``[n / 64][k / group][128]``: after each such pair of scales, their offsets. Where zero
 points are whole, that is what decoding subtracts or adds: in f16 1024 + z of row g and -(64 + z) of row g + 8, whose
@@ -43,8 +45,6 @@ from marlin_gen.problem import SIZE_UNIT, check_shape
 __all__ = ["LAYOUT_VERSION", "SCALE_DTYPES", "PackedWeight", "check_scales", "pack", "unpack"]
 
 SCALE_DTYPES = tuple(getattr(torch, row.torch_name) for row in DTYPES.values())
-
-SCALE_LIMIT = 146  # of e4m3: 448, the largest number, times it is one that f16 holds
 
 # Where the 8 codes of a lane and block lie in its words, by bits: (row half, k half, k parity), that is code
 # [8 * row + g, 8 * k_half + 2 * t + parity].
@@ -99,6 +99,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
 
     The scales' type is that of the activations. For a format with offsets, scales are [n, k / group_size, 2]: scale,
     and zero point (whole, from 0 to ``codes``, in the formats called u4z) or minimum.
+    Scales of groups whose weights are all zero may be made less.
     Raises ValueError for a shape the layout cannot hold, a wrong dtype, or a code above the format's largest.
     Peak extra memory is about twice the packed weight.
     """
@@ -115,7 +116,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     if (largest := int(codes.max())) >= fmt.codes:
         raise ValueError(f"code {largest} does not fit {fmt.name}; its codes are 0 .. {fmt.codes - 1}")
     if fmt.offset == "floats":
-        _check_floats(codes, scales, fmt)
+        fp8_words.check(codes, scales, fmt.name)
 
     blocks = codes.view(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2)  # n64, row block, half, g, k64, step, k half, t, parity
     words = torch.zeros(
@@ -131,6 +132,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     if fmt.offset == "zeros":
         scales = torch.stack([scales[..., 0], _zero_terms(scales[..., 1], fmt)], -1)
     if fmt.has_lifts:
+        scales = _capped(codes, scales, fmt)
         scales = torch.cat([scales, lifts(scales)[:, None]], 1)
     rows, each = fmt.scale_rows(k), fmt.scale_values
     pairs = scales.reshape(n // 64, 4, 2, 8, rows, each).permute(0, 4, 1, 3, 5, 2)
@@ -141,18 +143,12 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, weight_format: str = DEFAULT
     )
 
 
-def is_nan(codes: torch.Tensor) -> torch.Tensor:
-    """Which codes (uint8) of e4m3 are no number."""
-    return codes & 0x7F == 0x7F
-
-
-def _check_floats(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> None:
-    """A ValueError for codes that are no number, and for scales by which a weight might not be finite."""
-    if bool(is_nan(codes).any()):
-        raise ValueError(f"codes have NaN (0x7f, 0xff), which {fmt.name} does not hold; check the checkpoint")
-    if not bool((scales.abs() <= SCALE_LIMIT).all()):
-        worst = scales.abs().max().item()
-        raise ValueError(f"the largest scale is {worst}; {fmt.name} holds those up to {SCALE_LIMIT}")
+def _capped(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Scales of groups that are all zero, whatever their scale, brought down to the largest of their row's others."""
+    parts = torch.split(codes.view(len(codes), -1, fmt.group_size), 256)  # for little memory
+    is_used = torch.cat([(part != fmt.zero_point).any(-1) for part in parts])
+    largest = torch.where(is_used, scales.abs(), 0).amax(1, keepdim=True)
+    return torch.where(is_used | (largest == 0), scales, scales.abs().minimum(largest))
 
 
 def lifts(scales: torch.Tensor) -> torch.Tensor:

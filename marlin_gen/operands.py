@@ -10,7 +10,8 @@ import torch
 from marlin_gen.formats import WeightFormat
 from marlin_gen.formats import dtype as dtype_row
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import is_nan, pack
+from marlin_gen.fp8_words import is_nan
+from marlin_gen.layout import pack
 from marlin_gen.reference import gemm_reference
 
 ROTATE_L2S = 5  # the distinct copies of a weight are this many times the L2 cache

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from marlin_gen.formats import DEFAULT_FORMAT, WeightFormat
 from marlin_gen.formats import weight_format as format_row
-from marlin_gen.layout import SCALE_LIMIT, PackedWeight, check_scales, unpack
+from marlin_gen.fp8_words import SCALE_LIMIT
+from marlin_gen.layout import PackedWeight, check_scales, unpack
 from marlin_gen.problem import check_shape
 
 # A group's scale is absmax / divisor for the divisor with the least squared error. 7 (of 4 bits) clips nothing; 8 and
@@ -73,7 +76,6 @@ def _quantize_groups(
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    best_scale = torch.where(absmax == 0, 1.0, best_scale)  # an all-zero group decodes to zeros under any scale
     return _encode(groups, best_scale, fmt).to(torch.uint8), best_scale
 
 
@@ -167,3 +169,13 @@ def _decoded(codes: torch.Tensor, scales: torch.Tensor, fmt: WeightFormat) -> to
         return grouped.mul_(scales[..., :1]).add_(scales[..., 1:]).view(codes.shape)
     grouped.sub_(scales[..., 1:] if fmt.has_offsets else fmt.zero_point)
     return grouped.mul_((scales[..., 0] if fmt.has_offsets else scales)[..., None]).view(codes.shape)
+
+
+def errors(out: torch.Tensor, reference: torch.Tensor, norm: float) -> tuple[float, float]:
+    """How far a product is from its fp32 ``reference`` of this Frobenius norm.
+
+    The relative Frobenius error, and the worst element's in units of their root mean square, over 32: a few that are
+    wrong altogether do not show in the norm of millions. What rounding does is a tenth of ``DType.error_limit`` there.
+    """
+    off = out.float().sub_(reference)
+    return float(off.norm()) / norm, float(off.abs_().max()) * math.sqrt(off.numel()) / norm / 32

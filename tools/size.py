@@ -11,7 +11,7 @@ BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250, ".cpp": 250, ".h": 250}  # li
 # Lines of everything but tests: 12500 until transformers and export, 16500 until the native launcher, 18000 until whole
 # models were compiled, PTX shipped and the gather kernel, 19500 until strangers read it (threads, wrong input), 19750
 # until fp8, 20000 until strangers read it again.
-TOTAL = 20300
+TOTAL = 20400
 
 
 def tracked() -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 
 from marlin_gen.checkpoints.layer import Layer
 from marlin_gen.checkpoints.quantized import QuantizedWeight
-from marlin_gen.layout import is_nan
+from marlin_gen.fp8_words import is_nan
 
 
 def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> QuantizedWeight:

@@ -14,7 +14,7 @@ from emulation import COPIES, EmulatedKernel, needs_gxx, random_problem, relativ
 from marlin_gen.config import KernelConfig
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.layout import PackedWeight, pack
-from marlin_gen.reference import dequantize, gemm_reference
+from marlin_gen.reference import dequantize, gemm_reference, quantize
 
 pytestmark = needs_gxx
 
@@ -170,6 +170,24 @@ def test_scales_of_any_size(key: str, weight_format: str, act_dtype: str, tmp_pa
     rounded = (a.float() @ dequantize(codes, scales, weight_format).float().T).to(dtype).float()
     of_rounded = (rounded - reference).norm(dim=0) / (reference.norm(dim=0) + least)
     assert error.norm() < 1.1 * of_rounded.norm(), "as exact as cuBLAS with the rounded weight"
+
+
+@pytest.mark.parametrize("act_dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 2.0 / 15, 1e-7])
+@pytest.mark.parametrize("weight_format", ["u4b8g64", "u8b128g64"])
+def test_groups_of_zeros_cost_no_others(weight_format: str, scale: float, act_dtype: str, tmp_path: Path) -> None:
+    """Such as k padded to a multiple of the ranks, whose scale is whatever the quantiser left there."""
+    dtype, fmt = getattr(torch, DTYPES[act_dtype].torch_name), FORMATS[weight_format]
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(64, 320, generator=generator) * 1e-4
+    weight[:, 256:] = 0
+    codes, scales = quantize(weight, weight_format, dtype)
+    assert bool((codes[:, 256:] == fmt.zero_point).all())
+    scales[:, 4] = scale
+    a = torch.randn(20, 320, generator=generator).to(dtype)
+    kernel = EmulatedKernel(KernelConfig.from_key(TILES), tmp_path, weight_format=weight_format, act_dtype=act_dtype)
+    c = kernel(a, pack(codes, scales, weight_format), 2, seed=1, copies="anytime").float()
+    assert relative_error(c, gemm_reference(a, codes, scales, weight_format)) < (5e-4 if act_dtype == "f16" else 4e-3)
 
 
 @pytest.mark.parametrize("act_dtype", DTYPES)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from tables import H100, mma
 
 from marlin_gen import timing
 from marlin_gen.baselines import Baselines
+from marlin_gen.formats import DTYPES
 from marlin_gen.measurement import Baseline
 from marlin_gen.problem import Problem
+from marlin_gen.reference import errors
 from marlin_gen.timing import (
     FINAL_REPLAYS,
     REST_FROM_M,
@@ -103,3 +108,17 @@ def test_a_weight_is_read_once_where_only_yardsticks_are_asked_for(slept):
     assert found == [Baseline(one, 5.0, 51.0), Baseline(two, 5.0, 52.0), Baseline(other, 6.0, 51.0)]
     rows, beside = baselines.compare(two, [(None, mma())])
     assert beside == Baseline(two, 7.0, 52.0) and [row.us for row in rows] == [10.0] and reads == [one, other, two]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_few_wrong_outputs_among_millions_are_seen(dtype):
+    limit = next(row.error_limit for row in DTYPES.values() if row.torch_name == str(dtype).removeprefix("torch."))
+    reference = torch.randn(4096, 2048, generator=torch.Generator().manual_seed(1)) * 3
+    out, norm = reference.to(dtype), float(reference.norm())
+    rounded = errors(out, reference, norm)
+    assert max(rounded) < limit / 2
+    out[7, 8:12] = out[100, 8:12]  # of another row
+    found, worst = errors(out, reference, norm)
+    assert found < limit < worst
+    out[0, 0] = math.nan
+    assert not all(error < limit for error in errors(out, reference, norm))
