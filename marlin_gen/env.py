@@ -56,7 +56,7 @@ def set_variables() -> dict[str, str]:
 
 def _folder(name: str) -> Path | None:
     value = _text(name)
-    return Path(value).expanduser().absolute() if value else None  # a chdir after it does not move it
+    return Path(value).expanduser().absolute() if value else None  # what is found there stays found
 
 
 def _choice(name: str, choices: tuple[str, ...], default: str) -> str:

@@ -114,6 +114,11 @@ def kind_suffix(weight_format: str, act_dtype: str) -> str:
     return "" if is_default else f"-{weight_format}-{act_dtype}"
 
 
+def is_layout(version: int, fmt: WeightFormat) -> bool:
+    """Whether weights of this format in the layout of ``version`` are as kernels read them."""
+    return version == LAYOUT_VERSION or (version == 2 and fmt.offset != "floats")
+
+
 def version_error(version: int) -> str:
     """What is wrong with a weight in the layout of another ``version``."""
     return f"layout_version={version} is not {LAYOUT_VERSION}; pack the original weight again with this marlin_gen"

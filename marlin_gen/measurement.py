@@ -19,8 +19,9 @@ class Measurement:
     """One plan on one problem. Times are medians in microseconds with a 95 % interval of the median.
 
     ``status`` is ok, or why there is no time: compile (refused by the compiler), resources (spills, or more registers
-    or shared memory than stated), launch (refused by the driver), wrong (relative error at or above DType.error_limit,
-    or unwritten output), timeout (the measuring process was killed), crash (it died). A failure is a row, not the end.
+    or shared memory than stated), launch (refused by the driver), wrong (an error, of all or of the worst output, at or
+    above DType.error_limit: ``reference.errors``; or unwritten output), timeout (the measuring process was killed),
+    crash (it died). A failure is a row, not the end.
     """
 
     problem: Problem

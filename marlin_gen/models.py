@@ -105,18 +105,20 @@ def layer_shapes(
     if tp < 1:
         raise ValueError(f"tp={tp} is not a positive number of ranks")
     found = []
-    made_as = str(config.get("architectures") or "CausalLM")
+    made_as, is_nested = str(config.get("architectures") or "CausalLM"), bool(config.get("text_config"))
     config = config.get("text_config") or config  # multimodal models nest the decoder
     if not isinstance(config, dict):
         raise ValueError(f"{source}: text_config={config!r:.60} is not a model config (an object)")
-    if "MaskedLM" in made_as or ("vocab_size" not in config and not re.search("CausalLM|Conditional", made_as)):
+    is_text = is_nested or "vocab_size" in config or re.search("CausalLM|Conditional", made_as)
+    if "MaskedLM" in made_as or not is_text:
         found.append(("architectures", made_as, "no decoder of text"))
     kind = str(config.get("model_type"))
     found += [(name, config[name], what) for name, what in _NOT_DENSE.items() if config.get(name)]
-    found += [(name, value, "state-space layers") for name, value in config.items() if value and "mamba_" in name]
     if kind == "muse_glimmer_text":  # no field says so
         found.append(("model_type", kind, "attention with a gate"))
     types = config.get("layer_types") or config.get("layers_block_type") or []
+    if not types:
+        found += [(name, value, "state-space layers") for name, value in config.items() if value and "mamba_" in name]
     others = sorted({str(one) for one in types} - _ATTENTION) if isinstance(types, list) else [types]
     found += [("layer_types", one, "layers without plain attention") for one in others]
     for name, value, what in found:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from marlin_gen.checkpoints.quantized import QuantizedWeight
 
 
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what it casts; wider floats and whole numbers it leaves
+
+
 class QuantLinear(nn.Module):
     """``y [..., out_features] = x [..., in_features] @ weight^T + bias``, for inference and for grads of x.
 
@@ -129,7 +132,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.packed
-        if x.dtype != packed.scales.dtype and torch.is_autocast_enabled(x.device.type):
+        is_other = x.dtype != packed.scales.dtype and x.dtype in _AUTOCAST and not x.is_meta
+        if is_other and torch.is_autocast_enabled(x.device.type):
             x = x.to(packed.scales.dtype)
         return gemm(x, packed, self.bias)
 

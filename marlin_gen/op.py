@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION, version_error
+from marlin_gen.formats import DTYPES, FORMAT_CODES, FORMATS, LAYOUT_VERSION, is_layout, version_error
 from marlin_gen.formats import weight_format as format_row
 from marlin_gen.gather_op import in_order
 from marlin_gen.problem import SIZE_UNIT, words_per_tile
@@ -24,11 +24,11 @@ ALIGNMENT = 16  # bytes: kernels read activations in 16-byte pieces
 
 # Held for the life of the process: dropping a Library unregisters its operators.
 _LIBRARY = torch.library.Library("marlin_gen", "FRAGMENT")  # type: ignore[no-untyped-call]
-# layout_version 0 is this marlin_gen's. ``gemm`` below names it: an argument that is its default is left out of traced
-# graphs, and neither a compiler's cache nor a saved program would tell weights of another release.
+# The default of layout_version stays 2: an argument that is its default is left out of traced graphs, and neither a
+# compiler's cache nor a saved program would tell the weights of two releases. ``gemm`` below names its own.
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "gemm(Tensor a, Tensor weight, Tensor scales, Tensor? bias=None, str weight_format='u4b8g128',"
-    " int layout_version=0) -> Tensor",
+    " int layout_version=2) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Not for callers, and never in a graph: what ``gemm`` below calls on CUDA when there is nothing to differentiate or to
@@ -107,7 +107,7 @@ def check_operands(
 ) -> tuple[int, int]:
     """(n, k) of the packed weight, or an error that names the value and the fix."""
     fmt = FORMATS.get(weight_format) or format_row(weight_format)
-    if layout_version not in (0, LAYOUT_VERSION):
+    if not is_layout(layout_version, fmt):
         raise ValueError(version_error(layout_version))
     if a.dtype not in ACT_DTYPES:
         known = ", ".join(str(known) for known in ACT_DTYPES)
@@ -154,10 +154,11 @@ def _cuda(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 0,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     global _direct
-    code = FORMAT_CODES.get(weight_format) if layout_version in (0, LAYOUT_VERSION) else None
+    fmt = FORMATS.get(weight_format)
+    code = FORMAT_CODES[weight_format] if fmt is not None and is_layout(layout_version, fmt) else None
     if _direct is None or code is None:
         from marlin_gen import cuda_op
 
@@ -181,7 +182,7 @@ def _cpu(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 0,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     from marlin_gen.layout import PackedWeight, unpack
     from marlin_gen.reference import gemm_reference
@@ -198,7 +199,7 @@ def _fake(
     scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     weight_format: str = "u4b8g128",
-    layout_version: int = 0,
+    layout_version: int = 2,
 ) -> torch.Tensor:
     n, _ = check_operands(a, weight, scales, bias, weight_format, layout_version)
     return a.new_empty((*a.shape[:-1], n))

@@ -202,9 +202,9 @@ def lines_of_others(recording: Path, versions: dict[str, str], problems: Iterabl
 
 def pack(log: Path, recording: Path, others: bytes = b"") -> None:
     """Compress a log, behind its first line the lines ``others``; byte for byte the same for equal logs; atomic."""
-    content = (raw := log.read_bytes())[: raw.rfind(b"\n") + 1]
-    head = content.find(b"\n") + 1
-    content = content[:head] + others + content[head:]
+    head, *own = (raw := log.read_bytes())[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
+    known = set(own)
+    content = b"".join([head, *(line for line in others.splitlines(keepends=True) if line not in known), *own])
     _parse(content.splitlines(), log)
     recording.parent.mkdir(parents=True, exist_ok=True)
     with naming(recording):

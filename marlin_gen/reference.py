@@ -175,7 +175,7 @@ def errors(out: torch.Tensor, reference: torch.Tensor, norm: float) -> tuple[flo
     """How far a product is from its fp32 ``reference`` of this Frobenius norm.
 
     The relative Frobenius error, and the worst element's in units of their root mean square, over 32: a few that are
-    wrong altogether do not show in the norm of millions. What rounding does is a tenth of ``DType.error_limit`` there.
+    wrong altogether do not show in the norm of millions. Rounding is a fifteenth of ``DType.error_limit`` there.
     """
     off = out.float().sub_(reference)
     return float(off.norm()) / norm, float(off.abs_().max()) * math.sqrt(off.numel()) / norm / 32

@@ -76,9 +76,9 @@ def quantize_model(
             continue
         parent, _, last = name.rpartition(".")
         reason = _skip_reason(name, linear, patterns, owners)
-        around: Any = type(model.get_submodule(parent))
-        if reason is None and re.search(rf"\bself\.{last}\.weight\b", _source(around)):
-            reason = f"its weight is read by its {around.__name__}, past its forward"
+        around: Any = model.get_submodule(parent)
+        if reason is None and _reads_weight(around, last):
+            reason = f"its weight is read by its {type(around).__name__}, past its forward"
         below = ((f".{name.removeprefix(above)}.weight.", one) for above, one in kept if name.startswith(above))
         if reason is None and any(f".{one}." in path for path, one in below):
             reason = "is one that its model keeps in float32"
@@ -115,8 +115,20 @@ def _skip_reason(name: str, linear: nn.Linear, patterns: tuple[str, ...], owners
     return None
 
 
+def _reads_weight(module: Any, name: str) -> bool:
+    """Whether ``module`` reads the weight of its layer ``name`` itself, as far as its source is at hand."""
+    if isinstance(module, nn.TransformerEncoderLayer):  # source or not
+        return True
+    kind: Any = type(module)
+    source = _source(kind)
+    slices = getattr(module, "pretraining_tp", getattr(getattr(module, "config", None), "pretraining_tp", None))
+    if slices == 1 and "pretraining_tp" in source:  # Bloom's code for a model in slices is not reached
+        return False
+    return re.search(rf"\bself\.{name}\.weight\b(?!\.device)", source) is not None
+
+
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     """What defines a class, with those it inherits from; of one without source, nothing."""
     found = ""
     for one in kind.__mro__[: kind.__mro__.index(nn.Module)]:

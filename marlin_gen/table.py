@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,12 +58,13 @@ class DispatchTable:
             raise ValueError(f"no artifact for {len(missing)} kernels that rows name, the first is {missing[0]}")
         return table
 
-    def merged(self, newer: DispatchTable, prefer: str = "newer") -> DispatchTable:
+    def merged(self, newer: DispatchTable, prefer: str = "newer", damaged: Collection[str] = ()) -> DispatchTable:
         """The rows of both; ``prefer`` says whose where both have a problem: one of ``PREFERENCES``.
 
         Kernels that no look-up names are dropped. Of two builds of one kernel the newer's stays under "newer", for all
         its rows, whose times are then of the build before. Else that which more of the chosen rows were timed with
         ("older": any of the older's), and what was timed with the other is left out: a row, or its default's time.
+        ``damaged``: kernels of which this table has but the sha256.
         """
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is not one of {', '.join(PREFERENCES)}")
@@ -72,12 +73,12 @@ class DispatchTable:
                 f"the times of these tables cannot be compared: protocols {self.protocol!r} and {newer.protocol!r};"
                 " say whose rows to take, newer or older"
             )
-        rows, both = chosen_rows(self.rows, newer.rows, prefer), {**self.kernels, **newer.kernels}
+        ours = {key: kernel for key, kernel in self.kernels.items() if key not in damaged}
+        rows, both = chosen_rows(self.rows, newer.rows, prefer), {**ours, **newer.kernels}
         if prefer != "newer":
-            both |= self._builds_that_stay(newer, rows, prefer)
+            both |= self._builds_that_stay(ours, newer, rows, prefer)
             rows = chosen_rows(self._timed_with(both), newer._timed_with(both), prefer)
-        named = named_kernels(self.gpu, rows.values())
-        kernels = {key: kernel for key, kernel in both.items() if key in named}
+        kernels = {key: both[key] for key in both.keys() & named_kernels(self.gpu, rows.values())}
         if prefer == "newer":  # a tune ships what it was told to, defaults of other shapes included
             kernels |= newer.kernels
         runs = tuple(run for run in self.runs if run not in newer.runs) + newer.runs
@@ -89,22 +90,22 @@ class DispatchTable:
         )  # fmt: skip
 
     def _builds_that_stay(
-        self, newer: DispatchTable, rows: Mapping[Problem, TableRow], prefer: str
+        self, kernels: Mapping[str, KernelFile], newer: DispatchTable, rows: Mapping[Problem, TableRow], prefer: str
     ) -> dict[str, KernelFile]:
-        """The kernels of this table but those that ``merged`` takes in the newer's build."""
+        """Those of this table's ``kernels`` that ``merged`` does not take in the newer's build."""
         ours, theirs = (
             Counter(row.specs(self.gpu)[0].key for row in table.rows if rows[row.problem] is row)
             for table in (self, newer)
         )
         return {
-            key: kernel for key, kernel in self.kernels.items()
+            key: kernel for key, kernel in kernels.items()
             if not theirs[key] or (ours[key] if prefer == "older" else ours[key] >= theirs[key])
         }  # fmt: skip
 
     def _timed_with(self, kernels: Mapping[str, KernelFile]) -> Iterator[TableRow]:
-        """The rows whose kernel is of this build; without the default's time where that is of another."""
+        """The rows whose kernel is of no other build; without the default's time where that is."""
         for row in self.rows:
-            own, *default = (self.kernels.get(spec.key) == kernels.get(spec.key) for spec in row.specs(self.gpu))
+            own, *default = (kernels.get(s.key) in (None, self.kernels.get(s.key)) for s in row.specs(self.gpu))
             if own:
                 yield row if all(default) else replace(row, default_us=None)
 

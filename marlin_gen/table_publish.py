@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from marlin_gen import whole_files
@@ -35,8 +34,8 @@ def publish(
         _sweep(folder)
         sources = [table.folder] if table.folder else []
         if old:
-            intact = {k: v for k, v in old.kernels.items() if fault_of(folder / v.file, v) is None}
-            table = replace(old, kernels=intact).merged(table, prefer)
+            damaged = {k for k, v in old.kernels.items() if fault_of(folder / v.file, v) is not None}
+            table = old.merged(table, prefer, damaged)
         return table.write(folder, artifacts, sources)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_gen import env
+from marlin_gen import env, whole_files
 from marlin_gen.cli import arguments, gpus, speedups, study
 from marlin_gen.cli.console import note, out, print_json
 from marlin_gen.cli.progress import tune_progress
@@ -89,7 +89,8 @@ def tune(
                     table = _publish(result, measurer, target, kind)
                     note(f"table: {table.folder}")
                     if record:
-                        pack(kept.log, recordings[kind], lines_of_others(recordings[kind], versions, problems))
+                        with whole_files.locked(target):
+                            pack(kept.log, recordings[kind], lines_of_others(recordings[kind], versions, problems))
             finally:
                 if not json:
                     _print(result, f"{title}, {kind}" if len(work.kinds) > 1 else title)

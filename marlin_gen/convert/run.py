@@ -69,7 +69,6 @@ def convert(
         raise ValueError(
             f"{foreign[0]} was not written by marlin-gen convert, or is cut: remove it, or name another folder"
         )
-
     activations = dtype or source.dtype
 
     def to_layout(weight: QuantizedWeight, name: str) -> PackedWeight | Unheld:
@@ -115,6 +114,8 @@ def _is_foreign(path: Path) -> bool:
     if path.name == "config.json":
         try:
             return bool(json.loads(path.read_text())["quantization_config"]["quant_method"] != "marlin_gen")
+        except FileNotFoundError:  # by now, by another convert
+            return False
         except (ValueError, KeyError, TypeError):
             return True
     return path.suffix in (".bin", ".pt", ".pth") or (path.suffix == ".safetensors" and about(path) is None)

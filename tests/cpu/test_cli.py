@@ -187,6 +187,8 @@ def test_a_recording_keeps_the_trials_of_other_problems(recording, home, capsys,
         assert main([*words, "--tokens", tokens, "--trials", "1"]) == 0
         found[tokens] = load_recording(path)
     before, both = found.values()
+    lines = path.read_bytes()
+    assert main([*words, "--tokens", "16,64", "--trials", "1"]) == 0 and path.read_bytes() == lines
     assert both.problems() == PROBLEMS and set(both.baselines) == set(PROBLEMS)
     assert [m for m in both.measurements if m.problem.m == 1] == [m for m in before.measurements if m.problem.m == 1]
     assert before.artifacts.items() <= both.artifacts.items() and before.done.keys() <= both.done.keys()

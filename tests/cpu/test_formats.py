@@ -50,12 +50,12 @@ def test_the_ops_schema_has_the_defaults_of_the_tables():
         argument.name: argument.default_value for argument in torch.ops.marlin_gen.gemm.default._schema.arguments
     }
     assert defaults["weight_format"] == DEFAULT_FORMAT
-    assert defaults["layout_version"] == 0 and LAYOUT_VERSION == layout.LAYOUT_VERSION
+    assert defaults["layout_version"] == 2 < LAYOUT_VERSION == layout.LAYOUT_VERSION
     for implementation in (op._cuda, op._cpu, op._fake):
         parameters = inspect.signature(implementation).parameters
         assert {name: parameters[name].default for name in ("weight_format", "layout_version")} == {
             "weight_format": DEFAULT_FORMAT,
-            "layout_version": 0,
+            "layout_version": 2,
         }
 
 

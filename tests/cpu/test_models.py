@@ -156,7 +156,8 @@ def test_layers_that_are_not_those_of_a_plain_decoder_are_refused_by_name(fields
 def test_a_model_that_is_no_decoder_is_refused_by_its_architecture():
     for name, fields in {
         "LlamaForCausalLM": {}, "LlavaForConditionalGeneration": {}, "Qwen3Model": {"vocab_size": 9},
-        "LlamaForSequenceClassification": {"vocab_size": 9},
+        "LlamaForSequenceClassification": {"vocab_size": 9}, "Gemma3Model": {"text_config": LLAMA_8B},
+        "GraniteMoeHybridForCausalLM": {"mamba_d_conv": 4, "layer_types": ["attention"] * 2},
     }.items():  # fmt: skip
         assert layer_shapes({**LLAMA_8B, **fields, "architectures": [name]}) == layer_shapes(LLAMA_8B)
     for name, fields in {"ViTModel": {}, "DebertaV2ForMaskedLM": {"vocab_size": 9, "type_vocab_size": 0}}.items():

@@ -248,6 +248,11 @@ def test_under_autocast_activations_of_any_type_are_taken(dtype, compiled):
         assert x.grad.dtype == torch.float32 and x.grad.any()
     with pytest.raises(TypeError, match=r"a is torch.float32; marlin_gen.gemm takes"):
         layer(x)
+    for other in (torch.zeros(3, 256, dtype=torch.int64), torch.zeros(3, 256).double()):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"marlin_gen.gemm takes"):
+            layer(other)
+    with pytest.raises(TypeError, match=r"a is torch.float32; marlin_gen.gemm takes"):
+        layer.to("meta")(x.to("meta"))
 
 
 def test_gradient_reaches_the_input():

@@ -156,6 +156,19 @@ def test_a_traced_graph_names_the_layout_of_its_weight():
     assert LAYOUT_VERSION in (*call.args, *call.kwargs.values())
 
 
+def test_a_graph_of_before_fp8_words_is_refused_for_them_alone():
+    """It has no layout_version, which was its default."""
+    codes, scales = random_weight(128, 256, FORMATS["e4m3g128"], torch.bfloat16)
+    fp8, a = pack(codes, scales, "e4m3g128"), torch.ones(2, 256, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="layout_version=2 is not 3; pack the original weight again"):
+        torch.ops.marlin_gen.gemm(a, fp8.weight, fp8.scales, None, "e4m3g128")
+    assert torch.equal(
+        torch.ops.marlin_gen.gemm(a, fp8.weight, fp8.scales, None, "e4m3g128", LAYOUT_VERSION), marlin_gen.gemm(a, fp8)
+    )
+    a = activations(2, 256)
+    assert torch.equal(torch.ops.marlin_gen.gemm(a, PACKED.weight, PACKED.scales), marlin_gen.gemm(a, PACKED))
+
+
 BAD = {
     "activation dtype": (lambda o: o.update(a=o["a"].float()), TypeError, r"a is torch.float32; .* a.half\(\)"),
     "bfloat16": (lambda o: o.update(a=o["a"].bfloat16()), TypeError, r"a is torch.bfloat16 .* torch.float16; convert"),

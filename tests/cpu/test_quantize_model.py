@@ -157,6 +157,14 @@ def test_layers_whose_weight_the_module_around_them_reads_are_left(kind, sizes, 
         assert 0 < (made(IDS)[0] - expected).norm() / expected.norm() < 0.3
 
 
+def test_code_for_a_model_in_slices_leaves_no_layer_where_there_is_one():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=128, n_layer=1, n_head=2)
+    assert len(quantize_model(transformers.BloomModel(config).half()).replaced) == 4
+    config.pretraining_tp = 2
+    assert len(quantize_model(transformers.BloomModel(config).half()).replaced) == 2
+
+
 def test_a_class_without_source_is_taken_as_it_is():
     space = {}
     exec("import torch\nclass Odd(torch.nn.Module): pass", space)

@@ -246,6 +246,19 @@ def test_no_time_is_stated_for_a_build_that_did_not_take_it(tmp_path, newer, pre
         assert (own, default) == (timed, stays) and (r.default_us is not None) == (timed == stays)
 
 
+@pytest.mark.parametrize("prefer", ["faster", "older", "newer"])
+def test_a_merge_repairs_a_kernel_that_was_lost(prefer, tmp_path):
+    artifacts = [tables.artifact(tmp_path / "built", mma(32))]
+    made = [
+        DispatchTable.build(H100, [row(4096, 4096, m, mma(32)) for m in tokens], artifacts, {}).write(folder, artifacts)
+        for tokens, folder in (((1, 2, 3), tmp_path / "old"), ((4,), tmp_path / "new"))
+    ]
+    for cubin in (made[0].folder / "kernels").iterdir():
+        cubin.unlink()
+    found = publish(made[0].folder, made[1], prefer=prefer)
+    assert [r.problem.m for r in found.rows] == [1, 2, 3, 4] and found.intact() == found
+
+
 def test_publish_refuses_the_table_of_another_gpu(written, tmp_path):
     artifacts = [tables.artifact(tmp_path / "new", mma())]
     other = DispatchTable.build(H200, [row(4096, 4096, 1, mma())], artifacts, {})
