@@ -56,7 +56,7 @@ def set_variables() -> dict[str, str]:
 
 def _folder(name: str) -> Path | None:
     value = _text(name)
-    return Path(value).expanduser().absolute() if value else None  # what is found there stays found
+    return Path(value).expanduser().absolute() if value else None  # what was found there stays so after a chdir
 
 
 def _choice(name: str, choices: tuple[str, ...], default: str) -> str:
