@@ -22,7 +22,7 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
    (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.8 %, 1.11.) But where
-   the nearest row is within an octave, is not far in tokens, and the default lost more than 6 % there, that row comes
+   the nearest row is within an octave, is not far in tokens, and today's default lost more than 6 % there, it comes
    first: each shape left out of its own table in turn, 1.6 % from the best on an H200 instead of 3.0 %, 1.9 % on an
    H100 with or without.
 5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from marlin_gen.arch import Gpu
 from marlin_gen.config import Plan
 from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_row import TableRow
@@ -67,10 +68,14 @@ class TableIndex:
         return [row for _, row in self._by_distance(problem, gpu)[:MAX_NEAREST]]
 
     def beats_default(self, problem: Problem, gpu: Gpu) -> TableRow | None:
-        """The nearest row if it is ``CLOSE``, speaks for the tokens, and has a ``POOR_DEFAULT``."""
+        """The nearest row if it is ``CLOSE``, speaks for the tokens, and has a ``POOR_DEFAULT``.
+
+        A time of what was the default when the row was measured, and is no more, says nothing.
+        """
         for near, row in self._by_distance(problem, gpu)[:1]:
             if near <= CLOSE and row.default_us and speaks_for(row, problem.m):
-                return row if math.log(row.default_us) - math.log(row.us) > math.log(POOR_DEFAULT) else None
+                poor = math.log(row.default_us) - math.log(row.us) > math.log(POOR_DEFAULT)
+                return row if poor and row.default_plan == default_plan(row.problem, gpu) else None
         return None
 
     def _by_distance(self, problem: Problem, gpu: Gpu) -> list[tuple[float, TableRow]]:

@@ -10,29 +10,38 @@ from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.mma import MMA
 from marlin_gen.families.wgmma import WGMMA
+from marlin_gen.families.wgmma_work import work
 from marlin_gen.formats import weight_format
 from marlin_gen.problem import Problem
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
-    """What runs without a table: mma for few tokens and where the GPU has no wgmma, wgmma elsewhere.
-
-    Few are 16; 32 where tiles of 64 features, each by a cluster of two, leave a third of the SMs idle and k is short
-    (4096x4096 on an H100, where they do not: 7.0 us against 6.7); 64 where they leave 3 of 4 idle (1024x8192: 7.7
-    against 8.4). From 9 to 16 tokens it is the one that is estimated to take less.
-    """
-    wgmma = WGMMA.default(problem, gpu)
-    usable = gpu.arch.has_wgmma and WGMMA.reject_problem(wgmma.config, problem) is None
-    tiles = problem.n // 64
-    few = 64 if tiles * 8 <= gpu.num_sms else 32 if tiles * 3 <= gpu.num_sms and problem.k <= 4096 else 16
-    if usable and problem.m > few:
-        return wgmma
+    """What runs untuned: mma up to 8 tokens or without wgmma, wgmma from 65 on, else what seems to take less."""
     mma = MMA.default(problem, gpu)
-    if not usable or not 8 < problem.m <= 16:
+    if problem.m <= 8 or not gpu.arch.has_wgmma:
         return mma
+    wgmma = WGMMA.default(problem, gpu)
+    if WGMMA.reject_problem(wgmma.config, problem) is not None:
+        return mma
+    if problem.m > 16:
+        return mma if problem.m <= 64 and _mma_is_sooner(mma.config, wgmma.config, problem, gpu) else wgmma
     ready = WGMMA.defaults(gpu.arch, weight_format(problem.weight_format))
     rivals = [c for c in ready if c.block_m == 16 and c.dequant == "deferred" and not WGMMA.reject_problem(c, problem)]
     return min([mma, *map(Plan, rivals)], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
+
+
+# In multiply-adds of wgmma: what the mma family takes for a k of its row block, for each of the sums that it adds up,
+# and by how much it starts earlier, by bits of a weight. It is sooner where matrices are small (2048x4096, 32 tokens,
+# H100: 4.6 us against 5.1). In 85 cells of both that were timed the one chosen is 0.2 % from the better, 4 % at worst.
+_MMA_K, _MMA_SUM, _MMA_HEAD = 855, 5000, {4: 4e6, 8: 1e6}
+
+
+def _mma_is_sooner(mma: KernelConfig, wgmma: KernelConfig, problem: Problem, gpu: Gpu) -> bool:
+    share = MMA.share(mma, problem, gpu)
+    by_mma = _MMA_K * (share.computed + share.passes) * MMA.cost(mma) * problem.k
+    by_mma += _MMA_SUM * share.passes * mma.block_m * mma.block_n
+    by_wgmma = work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms)
+    return by_mma < by_wgmma + _MMA_HEAD[weight_format(problem.weight_format).bits]
 
 
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and

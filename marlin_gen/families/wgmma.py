@@ -24,16 +24,21 @@ OPERANDS = ("a_map", "a_tail_map", "c_map", "weight", "scales", "bias", "partial
 _DEFAULTS = tuple(
     KernelConfig("wgmma", m, n, k, n // 16, warps_k, stages, blocks, cluster, partition, dequant, *a_stages)
     for dequant, m, n, k, warps_k, stages, blocks, cluster, partition, *a_stages in (
-        ("exact", 16, 64, 256, 1, 12, 1, 1, "tiles"),
-        ("exact", 32, 64, 256, 2, 8, 1, 1, "tiles"),
-        ("exact", 32, 64, 256, 2, 8, 1, 2, "clusterk"),
+        ("exact", 32, 64, 128, 3, 12, 1, 1, "tiles"),
+        ("exact", 32, 64, 128, 3, 12, 1, 2, "clusterk"),
+        ("exact", 32, 64, 128, 3, 12, 1, 4, "clusterk"),
         ("exact", 32, 64, 256, 1, 4, 2, 1, "tiles"),
-        ("exact", 64, 64, 256, 1, 5, 1, 1, "tiles"),
+        ("exact", 32, 128, 256, 1, 5, 1, 1, "striped"),
+        ("exact", 32, 192, 128, 1, 7, 1, 2, "clusterk"),
+        ("exact", 64, 64, 128, 2, 10, 1, 1, "tiles"),
         ("exact", 64, 64, 256, 1, 5, 1, 2, "clusterk"),
+        ("exact", 64, 64, 256, 1, 5, 1, 4, "clusterk"),
         ("exact", 64, 64, 256, 2, 8, 1, 1, "tiles", 4),
         ("exact", 64, 128, 256, 1, 4, 1, 1, "tiles"),
         ("exact", 64, 128, 256, 1, 4, 1, 1, "striped"),
         ("exact", 64, 192, 128, 1, 6, 1, 1, "striped"),
+        ("exact", 64, 192, 128, 1, 6, 1, 2, "clusterk"),
+        ("exact", 64, 192, 128, 1, 6, 1, 4, "clusterk"),
         ("exact", 128, 64, 128, 2, 6, 1, 2, "clusterk", 4),
         ("exact", 128, 64, 128, 2, 8, 1, 1, "tiles", 4),
         ("exact", 128, 128, 128, 1, 4, 1, 1, "tiles"),
@@ -45,9 +50,6 @@ _DEFAULTS = tuple(
         ("deferred", 16, 64, 128, 4, 16, 1, 1, "tiles"),
         ("deferred", 16, 64, 128, 4, 16, 1, 2, "clusterk"),
         ("deferred", 16, 64, 256, 1, 6, 2, 1, "striped"),
-        ("deferred", 32, 64, 128, 3, 12, 1, 2, "clusterk"),
-        ("deferred", 32, 64, 256, 2, 8, 1, 1, "tiles"),
-        ("deferred", 32, 192, 128, 1, 10, 1, 1, "striped"),
     )
 )
 _ANY_K = KernelConfig("wgmma", 64, 64, 64, 4, 1, 12, 1, 1, "tiles", "exact")  # serves every k of the layout
@@ -131,8 +133,11 @@ class WgmmaFamily:
     def default(self, problem: Problem, gpu: Gpu) -> Plan:
         """Of the default configs that can serve the problem, the one with the least estimated work per SM."""
         configs = self.defaults(gpu.arch, weight_format(problem.weight_format)) or (*_DEFAULTS, _ANY_K)
-        usable = [c for c in configs if self.reject_problem(c, problem) is None] or [_ANY_K]
-        config = min(usable, key=lambda c: work(c, problem, self.num_tiles(c, problem), gpu.num_sms))
+        usable = [c for c in configs if self.reject_problem(c, problem) is None]
+        # Two tiles for up to 128 tokens at most; what serves every k only where nothing else does.
+        best = [c for c in usable if c.block_m * 2 >= min(problem.m, 128) and (c != _ANY_K or problem.k % 128)]
+        num_sms = gpu.num_sms
+        config = min(best or usable or [_ANY_K], key=lambda c: work(c, problem, self.num_tiles(c, problem), num_sms))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:

@@ -19,16 +19,16 @@ GPUS = {"h100": H100, "h200": H200}
 # wgmma ones (m = 16). The wgmma ones were timed beside one of the others, by which both lists are on one scale.
 FEW_TOKENS = Path(__file__).parents[1] / "fixtures" / "few_tokens.csv"
 
-# The same columns, of 2026-11-28: the wgmma family's defaults, and the best of 21 or 31 of its configs.
+# Beside these the format, of 2026-11-28: the wgmma family's defaults, and the best of 18 to 31 of its configs.
 SERVED_TOKENS = FEW_TOKENS.with_name("served_tokens.csv")
 
 
-def timed_of(path: Path, gpu: str, tokens: int) -> dict[tuple[int, int], dict[str, float]]:
+def timed_of(path: Path, gpu: str, tokens: int, fmt: str = "u4b8g128") -> dict[tuple[int, int], dict[str, float]]:
     """Microseconds of each config, by shape."""
     timed: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
     with path.open() as file:
         for row in csv.DictReader(file):
-            if row["gpu"] == gpu and int(row["m"]) == tokens:
+            if (row["gpu"], int(row["m"]), row.get("format", fmt)) == (gpu, tokens, fmt):
                 timed[int(row["n"]), int(row["k"])][row["config"]] = float(row["us"])
     return timed
 
@@ -51,16 +51,36 @@ def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shapes", "most", "mean"),
-    [(33, 5, 1.12, 1.045), (48, 5, 1.12, 1.05), (64, 41, 1.13, 1.035), (128, 10, 1.07, 1.025), (256, 10, 1.05, 1.01)],
+    ("gpu", "fmt", "tokens", "shapes", "most", "mean"),
+    [
+        ("h100", "u4b8g128", 17, 7, 1.02, 1.005),
+        ("h100", "u4b8g128", 24, 9, 1.03, 1.005),
+        ("h100", "u4b8g128", 32, 32, 1.05, 1.01),
+        ("h100", "u4b8g128", 33, 11, 1.02, 1.005),
+        ("h100", "u4b8g128", 48, 11, 1.02, 1.005),
+        ("h100", "u4b8g128", 64, 46, 1.08, 1.01),
+        ("h100", "u4b8g128", 128, 10, 1.06, 1.015),
+        ("h100", "u4b8g128", 256, 10, 1.03, 1.005),
+        ("h200", "u4b8g128", 32, 27, 1.07, 1.015),
+        ("h200", "u4b8g128", 64, 19, 1.08, 1.01),
+        ("h200", "u4b8g128", 128, 4, 1.01, 1.005),
+        ("h100", "u8b128g128", 32, 28, 1.07, 1.01),
+        ("h100", "u8b128g128", 64, 20, 1.05, 1.01),
+        ("h100", "u8b128g128", 128, 6, 1.06, 1.015),
+        ("h200", "u8b128g128", 32, 27, 1.07, 1.015),
+        ("h200", "u8b128g128", 64, 19, 1.07, 1.01),
+        ("h200", "u8b128g128", 128, 4, 1.01, 1.005),
+    ],
 )
-def test_of_served_batches_the_choice_is_near_the_best(tokens: int, shapes: int, most: float, mean: float) -> None:
+def test_of_served_batches_the_choice_is_near_the_best(
+    gpu: str, fmt: str, tokens: int, shapes: int, most: float, mean: float
+) -> None:
     losses = {}
-    for shape, us in timed_of(SERVED_TOKENS, "h100", tokens).items():
-        chosen = default_plan(Problem(*shape, tokens), H100).config.key
+    for shape, us in timed_of(SERVED_TOKENS, gpu, tokens, fmt).items():
+        chosen = default_plan(Problem(*shape, tokens, fmt), GPUS[gpu]).config.key
         losses[shape] = us[chosen] / min(us.values()) if chosen in us else None
     known = [loss for loss in losses.values() if loss]
-    assert len(losses) == shapes and len(known) >= shapes - 3, losses
+    assert len(losses) == shapes and len(known) >= shapes - 1, losses
     assert max(known) < most and geomean(known) < mean, losses
 
 

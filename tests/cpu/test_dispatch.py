@@ -15,6 +15,7 @@ from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables, known_winners
 from marlin_gen.families import FAMILIES
+from marlin_gen.families.defaults import default_plan
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
 from marlin_gen.table_index import MAX_DISTANCE, POOR_DEFAULT, distance, wave_fill
@@ -118,11 +119,18 @@ def test_defaults_come_before_the_nearest_shape_where_rows_say_that_they_are_goo
 
 
 @pytest.mark.parametrize(
-    ("n", "above", "first"), [(4096, 0.01, "nearest"), (4096, -0.01, "default"), (16384, 0.01, "default")]
+    ("n", "above", "still", "first"),
+    [
+        (4096, 0.01, True, "nearest"),
+        (4096, 0.01, False, "default"),
+        (4096, -0.01, True, "default"),
+        (16384, 0.01, True, "default"),
+    ],
 )
-def test_a_row_close_by_says_whether_the_default_is_good_there(n, above, first, tmp_path):
-    """Within an octave; the rows of other shapes, far off, keep the mean low."""
-    close = replace(row(n, 4096, 1, M1, default=NEAREST_DEFAULT), default_us=10.0 * (POOR_DEFAULT + above))
+def test_a_row_close_by_says_whether_the_default_is_good_there(n, above, still, first, tmp_path):
+    """Within an octave, and of what is the default still; the rows of other shapes, far off, keep the mean low."""
+    default = default_plan(Problem(n, 4096, 1), H100) if still else M64
+    close = replace(row(n, 4096, 1, M1, default=default), default_us=10.0 * (POOR_DEFAULT + above))
     far = [replace(row(64 << i, 512, 1, M1, default=NEAREST_DEFAULT), default_us=10.0) for i in range(4)]
     found = plans(UNSEEN, tables.table(tmp_path, [close, *far]))
     assert found[0][0] == first
