@@ -15,8 +15,8 @@ from marlin_gen.families.defaults import default_plan
 from marlin_gen.problem import Problem
 
 GPUS = {"h100": H100, "h200": H200}
-# gpu, n, k, m, config, us, of 2026-11-27: the defaults, and the best of 779 mma configs (m = 1 and 8) or of 411 and 9
-# wgmma ones (m = 16). The wgmma ones were timed beside one of the others, by which both lists are on one scale.
+# gpu, n, k, m, config, us: the defaults, and the best of 86 mma configs (m = 1, of 2026-11-28) or of 411 and 9 wgmma
+# ones (m = 16, of the day before). The latter were timed beside one of the others, by which both are on one scale.
 FEW_TOKENS = Path(__file__).parents[1] / "fixtures" / "few_tokens.csv"
 
 # Beside these the format, of 2026-11-28: the wgmma family's defaults, and the best of 18 to 31 of its configs.
@@ -35,7 +35,7 @@ def timed_of(path: Path, gpu: str, tokens: int, fmt: str = "u4b8g128") -> dict[t
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
-    ("tokens", "shapes", "most", "mean"), [(1, 21, 1.09, 1.035), (8, 21, 1.11, 1.037), (16, 18, 1.10, 1.028)]
+    ("tokens", "shapes", "most", "mean"), [(1, 25, 1.06, 1.018), (16, 18, 1.10, 1.028)]
 )
 def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
     gpu: str, tokens: int, shapes: int, most: float, mean: float
@@ -46,7 +46,7 @@ def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
     losses = {shape: us[chosen[shape]] / min(us.values()) for shape, us in timed.items() if chosen[shape] in us}
     assert len(timed) == shapes and len(losses) >= shapes - 2
     assert max(losses.values()) < most and geomean(list(losses.values())) < mean, losses
-    for like in {1: (2, 4), 8: (5,), 16: (9, 12)}[tokens]:
+    for like in {1: (2, 4, 8), 16: (9, 12)}[tokens]:
         assert chosen == {s: default_plan(replace(p, m=like), GPUS[gpu]).config.key for s, p in problems.items()}
 
 
