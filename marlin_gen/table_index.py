@@ -68,10 +68,7 @@ class TableIndex:
         return [row for _, row in self._by_distance(problem, gpu)[:MAX_NEAREST]]
 
     def beats_default(self, problem: Problem, gpu: Gpu) -> TableRow | None:
-        """The nearest row if it is ``CLOSE``, speaks for the tokens, and has a ``POOR_DEFAULT``.
-
-        A time of what was the default when the row was measured, and is no more, says nothing.
-        """
+        """The nearest row if it is ``CLOSE``, speaks for the tokens, and has a ``POOR_DEFAULT`` that still is it."""
         for near, row in self._by_distance(problem, gpu)[:1]:
             if near <= CLOSE and row.default_us and speaks_for(row, problem.m):
                 poor = math.log(row.default_us) - math.log(row.us) > math.log(POOR_DEFAULT)

@@ -61,18 +61,25 @@ def test_reject_reason_names_the_value(change: dict[str, object], arch: str, wor
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch.name)
 def test_default_is_legal_and_listed(gpu: Gpu) -> None:
     listed = set(MMA.defaults(gpu.arch, FORMAT))
-    assert 0 < len(listed) <= 10
+    assert 0 < len(listed) <= 12
     for config in listed:
         assert MMA.reject_reason(config, FORMAT, gpu.arch) is None
     returned = {MMA.default(Problem(n, k, m), gpu).config for n, k in SHAPES for m in TOKENS}
     assert returned <= listed
 
 
-def test_default_keeps_every_sm_equally_busy() -> None:
-    """At one token; see _DEFAULTS."""
-    h100 = GPUS[0]
-    rows = {(4096, 4096): 32, (4096, 14336): 32, (6144, 4096): 48, (8192, 8192): 32, (28672, 4096): 32}
-    assert {shape: MMA.default(Problem(*shape, 1), h100).config.block_n for shape in rows} == rows
+@pytest.mark.parametrize(
+    ("gbs", "rows"),
+    [
+        # Memory is all: the fewest rows, whose sums are added up soonest.
+        (3352, {(4096, 4096): 16, (4096, 14336): 16, (6144, 4096): 16, (1024, 8192): 16}),
+        # SMs multiply nearly as long as weights take to come: as many rows as keep each equally busy.
+        (4814, {(4096, 4096): 32, (4096, 14336): 32, (6144, 4096): 48, (8192, 8192): 32, (28672, 4096): 112}),
+    ],
+)
+def test_default_of_one_token_goes_by_memory_and_by_the_busiest_sm(gbs: int, rows: dict[tuple[int, int], int]) -> None:
+    gpu = replace(GPUS[0], bandwidth_gbs=gbs)
+    assert {shape: MMA.default(Problem(*shape, 1), gpu).config.block_n for shape in rows} == rows
 
 
 @pytest.mark.parametrize("max_clusters", [1, 3, 33, 66, 132, 264])
