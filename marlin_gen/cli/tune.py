@@ -125,8 +125,8 @@ def _print(result: SearchResult, title: str) -> None:
         out.print(f"[red]no working kernel was found for {problem.n}x{problem.k} m={problem.m}[/]")
     failed = ", ".join(f"{status} {count}" for status, count in sorted(result.failures.items()))
     note(
-        f"{result.candidates} kernels tried, {result.pairs} timings{f', failed: {failed}' if failed else ''},"
-        f" earlier sessions of the study counted; {result.seconds:.0f} s this time; the search ended: {result.stopped}"
+        f"{result.candidates} kernels tried, {result.pairs} timings{f', failed: {failed}' if failed else ''}"
+        f"{', earlier sessions included' * result.resumed}; {result.seconds:.0f} s; the search ended: {result.stopped}"
     )
 
 

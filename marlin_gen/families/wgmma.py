@@ -135,9 +135,8 @@ class WgmmaFamily:
         configs = self.defaults(gpu.arch, weight_format(problem.weight_format)) or (*_DEFAULTS, _ANY_K)
         usable = [c for c in configs if self.reject_problem(c, problem) is None]
         # Two tiles for up to 128 tokens at most; what serves every k only where nothing else does.
-        best = [c for c in usable if c.block_m * 2 >= min(problem.m, 128) and (c != _ANY_K or problem.k % 128)]
-        num_sms = gpu.num_sms
-        config = min(best or usable or [_ANY_K], key=lambda c: work(c, problem, self.num_tiles(c, problem), num_sms))
+        fit = [c for c in usable if c.block_m * 2 >= min(problem.m, 128) and (c != _ANY_K or problem.k % 128)]
+        config = min(fit or usable or [_ANY_K], key=lambda c: work(c, problem, self.num_tiles(c, problem), gpu.num_sms))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:

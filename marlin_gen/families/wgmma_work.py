@@ -62,6 +62,5 @@ def work(config: KernelConfig, problem: Problem, num_tiles: int, num_sms: int) -
     if c.partition == "striped":
         return waves * tile * costs.stripes + costs.parts * sums * max(1, 1 / waves)
     if c.partition == "clusterk":
-        each = tile / c.cluster_size + costs.cluster[0] * sums
-        return math.ceil(waves) * each + (math.ceil(waves) - 1) * costs.cluster[1] * sums
+        return math.ceil(waves) * (tile / c.cluster_size + sum(costs.cluster) * sums) - costs.cluster[1] * sums
     return math.ceil(waves) * (tile + costs.ends * sums)

@@ -93,6 +93,7 @@ def tune(
             failures=tuner.trials.failures(),
             candidates=tuner.done,
             pairs=len(log.recording.measurements),
+            resumed=bool(tuner.earlier),
             seconds=time.monotonic() - started,
             stopped=stopped,
         )

@@ -73,6 +73,7 @@ class SearchResult:
     failures: Mapping[str, int]
     candidates: int  # tried, earlier sessions included
     pairs: int
+    resumed: bool  # whether there were any
     seconds: float  # of this session
     stopped: str  # why the search ended: "trials", "budget", "no progress", "space exhausted", "interrupted"
 

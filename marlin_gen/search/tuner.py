@@ -56,9 +56,9 @@ class Tuner:
         self.done = 0  # candidates
         self._seeds = seeds
         self._known = {(row.plan, row.problem): row for row in log.recording.measurements}
-        self._earlier: dict[KernelConfig, list[Measurement]] = {}
+        self.earlier: dict[KernelConfig, list[Measurement]] = {}
         for row in log.recording.measurements:
-            self._earlier.setdefault(row.plan.config, []).append(row)
+            self.earlier.setdefault(row.plan.config, []).append(row)
         self._on_progress, self._started = on_progress, started
         self._searching_since = time.monotonic()
         # What runs without a table, or won in another, is timed there, whatever the model thinks.
@@ -144,7 +144,7 @@ class Tuner:
 
     def _recorded(self, config: KernelConfig) -> Iterator[Measurement]:
         """The measurements of an earlier session."""
-        for row in self._earlier.get(config, ()):
+        for row in self.earlier.get(config, ()):
             if row.problem in self.trials.column:
                 self.trials.add(row)
                 yield row
