@@ -30,18 +30,18 @@ def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     return min([mma, *map(Plan, rivals)], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
 
 
-# In multiply-adds of wgmma: what the mma family takes for a k of its row block, for each of the sums that it adds up,
-# and by how much it starts earlier, by bits of a weight. It is sooner where matrices are small (2048x4096, 32 tokens,
-# H100: 4.6 us against 5.1). In 85 cells of both that were timed the one chosen is 0.2 % from the better, 4 % at worst.
+# In multiply-adds of wgmma: mma's k of a row block, each of its sums, and its head start by bits of a weight. In the
+# 85 cells of 17 to 64 tokens where both were timed the one chosen is 0.2 % from the better, 4 % at worst.
 _MMA_K, _MMA_SUM, _MMA_HEAD = 855, 5000, {4: 4e6, 8: 1e6}
 
 
 def _mma_is_sooner(mma: KernelConfig, wgmma: KernelConfig, problem: Problem, gpu: Gpu) -> bool:
-    share = MMA.share(mma, problem, gpu)
+    share, fmt = MMA.share(mma, problem, gpu), weight_format(problem.weight_format)
     by_mma = _MMA_K * (share.computed + share.passes) * MMA.cost(mma) * problem.k
+    by_mma *= 1.4 if fmt.offset == "floats" else 1  # see wgmma_work.py
     by_mma += _MMA_SUM * share.passes * mma.block_m * mma.block_n
     by_wgmma = work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms)
-    return by_mma < by_wgmma + _MMA_HEAD[weight_format(problem.weight_format).bits]
+    return by_mma < by_wgmma + _MMA_HEAD[fmt.bits]
 
 
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and

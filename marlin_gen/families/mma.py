@@ -35,9 +35,9 @@ def _config(m: int, n: int, warps: int, stages: int, dequant: str, k: int = 64, 
     return KernelConfig("mma", m, n, k, 1, warps, stages, blocks, 1, "tiles", dequant)
 
 
-# Configs that need no table: on sm_90 those of which the best is near the best of 1190, over 21 shapes on two GPUs
-# (tests/cpu/test_defaults.py); elsewhere fitted to the smaller shared memory by the same reasoning: one to five row
-# blocks so that some multiple of one fits every n, many warps for few rows, and as deep as fits.
+# Configs that need no table: on sm_90 those of which the best is near the best of 86 (up to 8 tokens) or 411, over 25
+# and 18 shapes on two GPUs (tests/cpu/test_defaults.py); elsewhere fitted to the smaller shared memory by the same
+# reasoning: one to five row blocks so that some multiple of one fits every n, many warps for few rows, deep rings.
 _DEFAULTS = {
     "sm_90a": (
         _config(8, 32, 8, 4, "deferred", k=128), _config(8, 48, 8, 3, "deferred", k=128),
@@ -148,18 +148,19 @@ class MmaFamily:
         return None if problem.m > 0 else "m=0 has no tokens, so there is nothing to launch"
 
     def default(self, problem: Problem, gpu: Gpu, arch: Arch | None = None) -> Plan:
-        """The config whose busiest SM has the least to do; ``arch``: whose configs, where not the GPU's own."""
+        """The config that is estimated to take the least; ``arch``: whose configs, where not the GPU's own."""
+        target, fmt = arch or gpu.arch, FORMATS[problem.weight_format]
         loading = 1.08 * problem.weight_bytes / (gpu.bandwidth_gbs * 0.221)  # in k of a row block: 221 ps of an SM
 
         def work(config: KernelConfig) -> float:
             share, cost = self.share(config, problem, gpu), self.cost(config)
-            if problem.m > 8:
+            if problem.m > 8 or fmt.bits != 4 or target.name != "sm_90a":  # by what the busiest SM does
                 return (share.computed + share.passes) * cost
             # The longer of both all but hides the other; then the last pass is added up. Of 25 shapes on two GPUs.
             multiplying = (share.computed * problem.k + 2000 * share.passes) * cost
             return math.pow(multiplying**8 + loading**8, 1 / 8) + 60 * config.block_n
 
-        return Plan(min(self.defaults(arch or gpu.arch, FORMATS[problem.weight_format]), key=work))
+        return Plan(min(self.defaults(target, fmt), key=work))
 
     def share(self, config: KernelConfig, problem: Problem, gpu: Gpu) -> RowShare:
         """How a launch will share out the rows, if the estimate of the blocks that an SM holds is right."""

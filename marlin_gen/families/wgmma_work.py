@@ -1,7 +1,7 @@
 """What orders the wgmma family's defaults where nothing was tuned: an estimate of what the busiest SM does.
 
-Fitted to the recordings of an H100 and an H200 in all formats, to ten shapes tuned apart and to 280 problems of 17 to
-256 tokens, most of models' layers: of those the choice is 0.7 % from the best of 15 to 31 configs, 7 % at worst.
+Fitted to the recordings of an H100 and an H200 in all formats, to ten shapes tuned apart and to 298 problems of 17 to
+256 tokens, most of models' layers: of those the choice is 0.6 % from the best of 15 to 31 configs, 7 % at worst.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ def _slower(c: KernelConfig, costs: Costs, k: int) -> float:
     """Times as long as tiles of 128 features take for as many of them."""
     if c.block_n != 64:
         return costs.wide[c.block_m > 64] if c.block_n == 192 else 1.0
-    if c.a_stages:
-        return costs.rings
-    if c.block_k == 128 and c.warps_k == 2:
+    if c.block_k == 128 and c.warps_k == 2 and not c.a_stages:
         return costs.halves[0] + costs.halves[1] * k / 8192
-    return costs.thirds if c.warps_k == 3 else costs.narrow
+    return costs.rings if c.a_stages else costs.thirds if c.warps_k == 3 else costs.narrow
 
 
 def work(config: KernelConfig, problem: Problem, num_tiles: int, num_sms: int) -> float:
     """In multiply-adds, as far as that orders configs; ``num_tiles``: of the output."""
-    c, costs = config, COSTS[weight_format(problem.weight_format).bits]
-    tokens = c.block_m + costs.decoding
+    c, fmt = config, weight_format(problem.weight_format)
+    costs = COSTS[fmt.bits]
+    tokens = c.block_m + costs.decoding * (1.7 if fmt.offset == "floats" else 1)  # 11 to 19 instructions, not 8
     if c.dequant == "deferred":
         tokens = costs.scaling[0] * c.block_m + costs.scaling[1]
     tile = c.block_n * tokens * problem.k * _slower(c, costs, problem.k) * (costs.pair if c.blocks_per_sm > 1 else 1)

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from tables import H100, H200
 
+from marlin_gen import env
 from marlin_gen.bench import geomean
 from marlin_gen.families.defaults import default_plan
 from marlin_gen.problem import Problem
+from marlin_gen.record import load_recording
 
 GPUS = {"h100": H100, "h200": H200}
 # gpu, n, k, m, config, us: the defaults, and the best of 86 mma configs (m = 1, of 2026-11-28) or of 411 and 9 wgmma
 # ones (m = 16, of the day before). The latter were timed beside one of the others, by which both are on one scale.
 FEW_TOKENS = Path(__file__).parents[1] / "fixtures" / "few_tokens.csv"
 
-# Beside these the format, of 2026-11-28: the wgmma family's defaults, and the best of 18 to 31 of its configs.
+# Beside these the format, of 2026-11-28: the wgmma family's defaults, and the best of 15 to 31 of its configs.
 SERVED_TOKENS = FEW_TOKENS.with_name("served_tokens.csv")
 
 
@@ -35,7 +37,7 @@ def timed_of(path: Path, gpu: str, tokens: int, fmt: str = "u4b8g128") -> dict[t
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
-    ("tokens", "shapes", "most", "mean"), [(1, 25, 1.06, 1.018), (16, 18, 1.10, 1.028)]
+    ("tokens", "shapes", "most", "mean"), [(1, 25, 1.065, 1.018), (16, 18, 1.10, 1.028)]
 )
 def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
     gpu: str, tokens: int, shapes: int, most: float, mean: float
@@ -44,7 +46,7 @@ def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
     problems = {shape: Problem(*shape, tokens) for shape in timed}
     chosen = {shape: default_plan(problem, GPUS[gpu]).config.key for shape, problem in problems.items()}
     losses = {shape: us[chosen[shape]] / min(us.values()) for shape, us in timed.items() if chosen[shape] in us}
-    assert len(timed) == shapes and len(losses) >= shapes - 2
+    assert len(timed) == shapes and len(losses) >= shapes - (tokens == 16)
     assert max(losses.values()) < most and geomean(list(losses.values())) < mean, losses
     for like in {1: (2, 4, 8), 16: (9, 12)}[tokens]:
         assert chosen == {s: default_plan(replace(p, m=like), GPUS[gpu]).config.key for s, p in problems.items()}
@@ -53,16 +55,17 @@ def test_up_to_sixteen_tokens_the_choice_is_near_the_best_of_all(
 @pytest.mark.parametrize(
     ("gpu", "fmt", "tokens", "shapes", "most", "mean"),
     [
-        ("h100", "u4b8g128", 17, 7, 1.02, 1.005),
+        ("h100", "u4b8g128", 17, 7, 1.01, 1.005),
         ("h100", "u4b8g128", 24, 9, 1.03, 1.005),
         ("h100", "u4b8g128", 32, 32, 1.05, 1.01),
         ("h100", "u4b8g128", 33, 11, 1.02, 1.005),
         ("h100", "u4b8g128", 48, 11, 1.02, 1.005),
         ("h100", "u4b8g128", 64, 46, 1.08, 1.01),
         ("h100", "u4b8g128", 128, 10, 1.06, 1.015),
-        ("h100", "u4b8g128", 256, 10, 1.03, 1.005),
+        ("h100", "u4b8g128", 96, 2, 1.05, 1.025),
+        ("h100", "u4b8g128", 256, 10, 1.02, 1.005),
         ("h200", "u4b8g128", 32, 27, 1.07, 1.015),
-        ("h200", "u4b8g128", 64, 19, 1.08, 1.01),
+        ("h200", "u4b8g128", 64, 19, 1.04, 1.005),
         ("h200", "u4b8g128", 128, 4, 1.01, 1.005),
         ("h100", "u8b128g128", 32, 28, 1.07, 1.01),
         ("h100", "u8b128g128", 64, 20, 1.05, 1.01),
@@ -82,6 +85,25 @@ def test_of_served_batches_the_choice_is_near_the_best(
     known = [loss for loss in losses.values() if loss]
     assert len(losses) == shapes and len(known) >= shapes - 1, losses
     assert max(known) < most and geomean(known) < mean, losses
+
+
+RECORDINGS = sorted(env.tuned_dir().glob("*/recording*.gz"))
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=[f"{path.parent.name[:4]}-{path.name}" for path in RECORDINGS])
+def test_in_every_recording_the_choice_is_near_the_best(path: Path) -> None:
+    """All formats and numbers of tokens; a search began with the defaults of then, so some of today's are not there."""
+    recording = load_recording(path)
+    timed: dict[Problem, dict[str, float]] = defaultdict(dict)
+    for m in recording.measurements:
+        if m.us:
+            us, key = timed[m.problem], m.plan.config.key
+            us[key] = min(m.us, us.get(key, m.us))
+    chosen = {problem: default_plan(problem, recording.gpu).config.key for problem in timed}
+    losses = {p: us[chosen[p]] / min(us.values()) for p, us in timed.items() if chosen[p] in us}
+    assert len(losses) >= 0.6 * len(timed)
+    most = 1.21 if "u4b8g32" in path.name else 1.14  # 4096x14336 by 16 on the H200
+    assert max(losses.values()) < most and geomean(list(losses.values())) < 1.027, losses
 
 
 @pytest.mark.parametrize(

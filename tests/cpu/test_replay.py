@@ -94,10 +94,13 @@ def test_finds_within_two_percent_with_a_tenth_of_the_evaluations(recording: Rec
 
 
 def test_a_made_up_world_may_be_an_unlucky_draw_but_eighteen_together_are_not(tmp_path: Path) -> None:
-    """Fields have effects there that no cost model knows: one world is at 1.07 with one seed, most are at 1.01."""
+    """Fields have effects there that no cost model knows: a world is at 1.006 to 1.03, with one seed one is at 1.046.
+
+    A world is 480 configs drawn around the defaults, so it is another with other defaults.
+    """
     worlds = [made_up(world) for world in range(6)]
     found = [losses(w, tmp_path / f"log{i}-{seed}", seed) for i, w in enumerate(worlds) for seed in SEEDS]
-    assert mean(ratio for ratios in found for ratio in ratios) <= 1.025
+    assert mean(ratio for ratios in found for ratio in ratios) <= 1.022
 
 
 def test_never_mixes_finals_with_first_timings() -> None:
