@@ -17,17 +17,18 @@ from marlin_gen.problem import Problem
 
 def default_plan(problem: Problem, gpu: Gpu) -> Plan:
     """What runs untuned: mma up to 8 tokens or without wgmma, wgmma from 65 on, else what seems to take less."""
-    mma = MMA.default(problem, gpu)
     if problem.m <= 8 or not gpu.arch.has_wgmma:
-        return mma
+        return MMA.default(problem, gpu)
+    if problem.m <= 16:
+        ready = [c for c in WGMMA.defaults(gpu.arch, weight_format(problem.weight_format)) if c.block_m == 16]
+        rivals = (c for c in ready if c.dequant == "deferred" and not WGMMA.reject_problem(c, problem))
+        return Plan(min((MMA.default(problem, gpu).config, *rivals), key=lambda c: _work_at_sixteen(c, problem, gpu)))
     wgmma = WGMMA.default(problem, gpu)
-    if WGMMA.reject_problem(wgmma.config, problem) is not None:
-        return mma
-    if problem.m > 16:
-        return mma if problem.m <= 64 and _mma_is_sooner(mma.config, wgmma.config, problem, gpu) else wgmma
-    ready = WGMMA.defaults(gpu.arch, weight_format(problem.weight_format))
-    rivals = [c for c in ready if c.block_m == 16 and c.dequant == "deferred" and not WGMMA.reject_problem(c, problem)]
-    return min([mma, *map(Plan, rivals)], key=lambda plan: _work_at_sixteen(plan.config, problem, gpu))
+    usable = WGMMA.reject_problem(wgmma.config, problem) is None
+    if usable and problem.m > 64:
+        return wgmma
+    mma = MMA.default(problem, gpu)
+    return wgmma if usable and not _mma_is_sooner(mma.config, wgmma.config, problem, gpu) else mma
 
 
 # In multiply-adds of wgmma: mma's k of a row block, each of its sums, and its head start by bits of a weight. In the
@@ -40,8 +41,7 @@ def _mma_is_sooner(mma: KernelConfig, wgmma: KernelConfig, problem: Problem, gpu
     by_mma = _MMA_K * (share.computed + share.passes) * MMA.cost(mma) * problem.k
     by_mma *= 1.4 if fmt.offset == "floats" else 1  # see wgmma_work.py
     by_mma += _MMA_SUM * share.passes * mma.block_m * mma.block_n
-    by_wgmma = work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms)
-    return by_mma < by_wgmma + _MMA_HEAD[fmt.bits]
+    return by_mma < work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms) + _MMA_HEAD[fmt.bits]
 
 
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and
