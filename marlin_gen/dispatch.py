@@ -21,7 +21,7 @@ The rule, in order; a plan whose family rejects the problem is skipped:
 4. ``default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
-   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.4 %, 1.10.) But where
+   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.1 %, 1.10.) But where
    the nearest row is within an octave, is not far in tokens, and today's default lost more than 6 % there, it comes
    first: each shape left out of its own table in turn, with defaults that were worse, 1.6 % from the best on an H200
    instead of 3.0 %; with today's 1.2 %, and 1.4 % on an H100, with or without.
