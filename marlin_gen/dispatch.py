@@ -9,7 +9,9 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    one, an earlier table's row hiding a later one's of the same problem: the table that MARLIN_GEN_TABLE names, else
    the user's own, then the shipped ones. Rows of twice as many tokens and more, or of fewer, come after the defaults
    that lie ready, unless both are 512 and more: a plan for 16 tokens is none for a prefill. (An H100's table cut down
-   to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.)
+   to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.) Where
+   the first row is of a third more tokens and more (160 served by 256), a plan whose tiles fit comes before it: the
+   best, by an estimate, of what won anywhere for about as many tokens, and of the defaults.
 3. *Nearest shape*: the same choice of m at the other shapes, nearest first, rows far from the tokens asked for last
    again, where
 
@@ -21,10 +23,12 @@ The rule, in order; a plan whose family rejects the problem is skipped:
 4. ``default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
    in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
-   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.1 %, 1.10.) But where
-   the nearest row is within an octave, is not far in tokens, and today's default lost more than 6 % there, it comes
-   first: each shape left out of its own table in turn, with defaults that were worse, 1.6 % from the best on an H200
-   instead of 3.0 %; with today's 1.2 %, and 1.4 % on an H100, with or without.
+   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.1 %, 1.10.) Before even
+   the defaults comes what won anywhere and fits so many tokens better, as in step 2 (six shapes at 13 numbers of tokens
+   from 48 to 896, each left out in turn: defaults 15 % from the best, this 2 to 3 %), and the nearest row where it is
+   within an octave, is not far in tokens, and today's default lost more than 6 % there (each shape left out of its own
+   table in turn, with defaults that were worse, 1.6 % from the best on an H200 instead of 3.0 %; with today's 1.2 %,
+   and 1.4 % on an H100, with or without).
 5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
@@ -44,12 +48,12 @@ from marlin_gen.arch import PTX_ARCH, Gpu
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.base import LAUNCH_VERSION
-from marlin_gen.families.defaults import default_plan, ptx_plan
+from marlin_gen.families.defaults import default_plan, fits_better, ptx_plan
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
-from marlin_gen.table_index import TableIndex, rejected, shape_of, speaks_for
+from marlin_gen.table_index import FEW_TOKENS, TableIndex, rejected, shape_of, speaks_for
 from marlin_gen.table_row import TableRow
 
 GOOD_DEFAULTS = 1.08
@@ -69,7 +73,7 @@ class Choice(NamedTuple):
 
     plan: Plan
     spec: KernelSpec
-    origin: str  # forced, exact, related exact, nearest, related nearest, default, ptx
+    origin: str  # forced, exact, related exact, fitting, nearest, related nearest, default, ptx
     kernel: KernelLocation | None  # None: nothing ships it intact, so it must be compiled
 
     @property
@@ -121,10 +125,16 @@ class Dispatcher:
             for mark, index in self._indices
             for row in index.exact(shape_of(problem), problem.m)
         ]
-        yield from self._rows(problem, exact)
         kind = problem.weight_format, problem.act_dtype
         own = self._indices[0][1]
+        if exact and problem.m > FEW_TOKENS and 3 * (row := exact[0][1]).problem.m >= 4 * problem.m:
+            fitting = own.fitting(problem, self.gpu) or default_plan(problem, self.gpu)
+            if fits_better(fitting, row.plan, problem, self.gpu):
+                yield "fitting", fitting, True
+        yield from self._rows(problem, exact)
         if own.default_loss.get(kind, math.inf) <= math.log(GOOD_DEFAULTS):
+            if plan := own.fitting(problem, self.gpu):
+                yield "fitting", plan, True
             if better := own.beats_default(problem, self.gpu):
                 yield "nearest", better.plan, True
             yield from self._defaults(problem, must_be_ready=True)

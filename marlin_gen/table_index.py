@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from marlin_gen.arch import Gpu
 from marlin_gen.config import Plan
 from marlin_gen.families import FAMILIES
-from marlin_gen.families.defaults import default_plan
+from marlin_gen.families.defaults import default_plan, estimate, fits_better
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_row import TableRow
@@ -20,6 +20,7 @@ MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better gu
 MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
 NEAR_TOKENS = 2  # a row speaks for as many tokens, and for fewer down to a half of them
 MANY_TOKENS = 512  # from here on more of them are more of the same: such rows speak for one another
+FEW_TOKENS = 32  # above, what tiles of tokens leave empty costs time
 CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
 POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
 
@@ -37,6 +38,7 @@ class TableIndex:
 
     shapes: dict[Shape, tuple[list[int], list[TableRow]]]
     default_loss: dict[tuple[str, str], float]  # by formats: the mean of log(what defaults took / what winners took)
+    plans: dict[tuple[str, str], dict[Plan, list[int]]]  # by formats: what won, and at which m
 
     @classmethod
     def of(cls, tables: Sequence[DispatchTable]) -> TableIndex:
@@ -50,11 +52,14 @@ class TableIndex:
             sizes.append(problem.m)
             rows.append(by_problem[problem])
         losses: dict[tuple[str, str], list[float]] = {}
+        plans: dict[tuple[str, str], dict[Plan, list[int]]] = {}
         for problem, row in by_problem.items():
-            if row.default_us:
-                kind = problem.weight_format, problem.act_dtype
+            default, gpu, kind = row.default_plan, tables[0].gpu, (problem.weight_format, problem.act_dtype)
+            plans.setdefault(kind, {}).setdefault(row.plan, []).append(problem.m)
+            # Where no default has tiles for so many tokens, that says nothing of what defaults are good for elsewhere.
+            if row.default_us and default and not fits_better(row.plan, default, problem, gpu):
                 losses.setdefault(kind, []).append(math.log(row.default_us) - math.log(row.us))
-        return cls(shapes, {kind: sum(logs) / len(logs) for kind, logs in losses.items()})
+        return cls(shapes, {kind: sum(logs) / len(logs) for kind, logs in losses.items()}, plans)
 
     def exact(self, shape: Shape, m: int) -> Iterator[TableRow]:
         """The shape's rows in the order of step 2."""
@@ -75,6 +80,17 @@ class TableIndex:
                 return row if poor and row.default_plan == default_plan(row.problem, gpu) else None
         return None
 
+    def fitting(self, problem: Problem, gpu: Gpu) -> Plan | None:
+        """What won at any shape for about as many tokens and is estimated to take the least; None if a default does."""
+        kind, m = (problem.weight_format, problem.act_dtype), problem.m
+        won = self.plans.get(kind, {}) if m > FEW_TOKENS else {}
+        near = (plan for plan, sizes in won.items() if any(_comparable(size, m) for size in sizes))
+        # A plan for one token tile says nothing of the order of several.
+        plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in near]
+        usable = [plan for plan in plans if estimate(plan, problem, gpu) > 0 and not rejected(plan, problem)]
+        best = min(usable, key=lambda plan: estimate(plan, problem, gpu), default=None)
+        return best if best and fits_better(best, default_plan(problem, gpu), problem, gpu) else None
+
     def _by_distance(self, problem: Problem, gpu: Gpu) -> list[tuple[float, TableRow]]:
         """A row of each other shape within ``MAX_DISTANCE``, nearest first."""
         found = []
@@ -89,6 +105,11 @@ class TableIndex:
 def speaks_for(row: TableRow, m: int) -> bool:
     """Whether the plan that won at this row may be trusted with ``m`` tokens."""
     return m <= row.problem.m < NEAR_TOKENS * m or min(m, row.problem.m) >= MANY_TOKENS
+
+
+def _comparable(row_m: int, m: int) -> bool:
+    """Whether a plan for ``row_m`` tokens is worth an estimate for ``m``: its tile may go into them several times."""
+    return m <= 4 * row_m and (row_m < NEAR_TOKENS * m or m >= MANY_TOKENS)
 
 
 def shape_of(problem: Problem) -> Shape:

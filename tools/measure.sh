@@ -36,7 +36,7 @@ for stage in $stages; do
       python3 -m marlin_gen tune --model llama-3.1-8b --dtype bf16 --budget 2m --out "$tables" --record
       python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128,e4m3g128 --budget 8m --out "$tables" --record
       ;;
-    bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --csv "$table/bench.csv" ;;
+    bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 1,2,4,...,4096 --csv "$table/bench.csv" ;;
     models) # Layers of models that nothing was tuned for, at the token count of the report's picture.
       MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --model llama-3.2-3b,qwen2.5-7b,qwen3-14b,mistral-small-24b,gemma-3-27b,llama-3.1-70b \
         --tokens 16 --csv "$table/models.csv"

@@ -43,7 +43,7 @@ from marlin_gen.replay import recording_name
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_row import TableRow
 
-OFF_GRID = (3, 5, 12, 17, 24, 33, 48, 65, 100, 200, 300, 1000, 3000)  # m; tables have powers of two
+OFF_GRID = (3, 5, 12, 17, 24, 33, 40, 65, 100, 200, 300, 1000, 3000)  # m that tables do not have
 # (n, k) that neither llama-3.1-8b nor 8192x8192 and 28672x8192 cover. Projections are fused as in models.py.
 UNSEEN_SHAPES = (
     (1024, 8192),  # Llama 3.1 70B, k_proj or v_proj by itself

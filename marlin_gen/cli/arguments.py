@@ -14,7 +14,8 @@ from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT, DTYPES, FORMATS, d
 from marlin_gen.models import LayerShape, model_shapes, parse_shape
 from marlin_gen.problem import Problem
 
-DEFAULT_TOKENS = "1,2,4,...,4096"
+# Powers of two, and from 32 to 1024 what tiles divide: a plan for 256 tokens computes as many where there are 160.
+DEFAULT_TOKENS = "1,2,4,8,16,32,48,64,80,96,112,128,160,192,224,256,320,384,448,512,640,768,896,1024,2048,4096"
 MAX_TOKENS = 1 << 17
 FORMAT_HELP = f"Weight formats, of {', '.join(FORMATS)}."
 DTYPE_HELP = f"Activation types, of {', '.join(DTYPES)}."

@@ -59,6 +59,12 @@ def open_study(
     return study
 
 
+def recorded(problems: Sequence[Problem], measurer: Measurer) -> list[Problem]:
+    """Those that a replay has, or all where it has none of them, which its error explains; of a GPU all."""
+    known = measurer.recording.baselines.keys() if isinstance(measurer, ReplayMeasurer) else problems
+    return [problem for problem in problems if problem in known] or list(problems)
+
+
 def versions_of(measurer: Measurer) -> dict[str, str]:
     """What makes measured times incomparable when it changes."""
     compiler = find_toolchain()

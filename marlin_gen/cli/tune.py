@@ -64,7 +64,7 @@ def tune(
         for kind, path in recordings.items():  # now, not after the search
             lines_of_others(path, versions, work.of(kind))
         for number, kind in enumerate(work.kinds):
-            problems = work.of(kind)
+            problems = study.recorded(work.of(kind), measurer) if tokens == arguments.DEFAULT_TOKENS else work.of(kind)
             options = TuneOptions(
                 trials=trials if trials is not None else REPLAY_TRIALS if replay else GPU_TRIALS,
                 # What an early end leaves over is shared by the kinds that are left.

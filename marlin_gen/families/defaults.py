@@ -44,6 +44,25 @@ def _mma_is_sooner(mma: KernelConfig, wgmma: KernelConfig, problem: Problem, gpu
     return by_mma < work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms) + _MMA_HEAD[fmt.bits]
 
 
+SAVES = 0.96
+
+
+def estimate(plan: Plan, problem: Problem, gpu: Gpu) -> float:
+    """Of the wgmma family, in multiply-adds of the busiest SM; NaN of another: neither more nor less than any."""
+    config = plan.config
+    of_wgmma = config.family == WGMMA.name
+    return work(config, problem, WGMMA.num_tiles(config, problem), gpu.num_sms) if of_wgmma else math.nan
+
+
+def fits_better(plan: Plan, other: Plan, problem: Problem, gpu: Gpu) -> bool:
+    """Whether ``plan`` is estimated to take less than ``SAVES`` of ``other``, most of whose last tile may be empty.
+
+    78 problems of 48 to 896 tokens on an H100, served by rows of the next power of two, took 1.205 times the best in
+    the mean; with defaults that fit better 1.139, at worst 5 % more than without.
+    """
+    return estimate(plan, problem, gpu) < SAVES * estimate(other, problem, gpu)
+
+
 # By partition: what a row block costs beside one of the mma family, how much of the memory's bandwidth is lost, and
 # what it costs to add up a split tile, in k of a row block for each block that has a part.
 _WGMMA_COSTS = {"tiles": (1.04, 1.0, 0), "clusterk": (1.04, 1.15, 1500), "striped": (1.05, 1.1, 4500)}

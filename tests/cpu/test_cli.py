@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,10 @@ def test_token_counts(text, counts):
     assert arguments.token_counts(text) == counts
 
 
-def test_the_default_tokens_are_the_thirteen_powers_of_two():
-    assert arguments.token_counts(arguments.DEFAULT_TOKENS) == tuple(2**i for i in range(13))
+def test_the_default_tokens_are_powers_of_two_and_what_tiles_divide_between_them():
+    counts = arguments.token_counts(arguments.DEFAULT_TOKENS)
+    assert {2**i for i in range(13)} < set(counts)
+    assert all(following * 3 <= count * 4 for count, following in pairwise(counts) if 48 <= count < 1024)
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,32 @@ def test_a_row_far_from_the_tokens_asked_for_comes_after_the_defaults_that_are_r
 def test_rows_of_many_tokens_speak_for_one_another(m, expected, tmp_path):
     problem = Problem(5120, 4096, m)
     default = next(Dispatcher(H100, []).choose(problem)).plan
-    many = wgmma(128)
+    many = replace(default, raster=16)  # no tiles fit better than its own
     table = tables.table(tmp_path, [row(5120, 4096, 2048, many, default=default)])
     assert default != many and plans(problem, table)[0] == (expected, many if expected == "exact" else default)
+
+
+@pytest.mark.parametrize(
+    ("m", "first"),
+    [(129, "fitting"), (160, "fitting"), (192, "fitting"), *((m, "exact") for m in (24, 32, 193, 256))],
+)
+def test_a_plan_whose_tiles_fit_comes_before_a_row_of_a_third_more_tokens(m, first, tmp_path):
+    """For 129 to 192 tokens 160 or 192 by what won at another shape; the row for 256 computes 256 of them."""
+    served = wgmma(256) if m > 32 else wgmma(32)
+    fits = [wgmma(tile) for tile in (160, 192)]
+    rows = [row(6144, 4096, plan.config.block_m, plan) for plan in fits]
+    table = tables.table(tmp_path, [row(8192, 4096, served.config.block_m, served), *rows])
+    expected = served if first == "exact" else fits[m > 160]
+    found = plans(Problem(8192, 4096, m), table)
+    assert found[0] == (first, expected) and ("exact", served) in found
+    assert plans(Problem(8192, 4096, m), bare(table.rows))[0] == ("exact", served), "only a kernel that lies ready"
+
+
+def test_more_tokens_than_its_tile_take_a_plan_in_the_order_of_several_tiles(tmp_path):
+    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8))
+    rows = [row(6144, 4096, 160, fits), row(8192, 4096, 512, wgmma(256))]
+    found = plans(Problem(8192, 4096, 320), tables.table(tmp_path, rows))
+    assert found[0] == ("fitting", replace(fits, raster=8))
 
 
 def test_a_rejected_plan_is_skipped():

@@ -100,7 +100,7 @@ def test_cliffs_time_every_off_grid_m_beside_the_next_larger(device, tmp_path, c
     rows = csv_rows.read(path, offgrid.Cliff, "cliffs")
     assert path.read_text().splitlines()[0] == "n,k,m,us,config,grid_m,grid_us,ratio"
     assert [r.m for r in rows] == list(offgrid.OFF_GRID) * 6
-    assert [r.grid_m for r in rows[:13]] == [4, 8, 16, 32, 32, 64, 64, 128, 128, 256, 512, 1024, 4096]
+    assert [r.grid_m for r in rows[:13]] == [4, 8, 16, 32, 32, 48, 48, 80, 112, 224, 320, 1024, 4096]
     dispatcher = Dispatcher(synthetic.H100, [DispatchTable.load(SHIPPED)])
     for r, (off, on) in zip(rows, zip(measurer.rounds[::2], measurer.rounds[1::2], strict=True), strict=True):
         problem, grid = Problem(r.n, r.k, r.m), Problem(r.n, r.k, r.grid_m)
@@ -117,7 +117,7 @@ def test_cliffs_time_every_off_grid_m_beside_the_next_larger(device, tmp_path, c
 
 
 def test_a_failing_plan_costs_its_cells_and_is_said(device, tmp_path, capsys):
-    device(MadeUp(failing=lambda problem, plan: problem.m == 48))
+    device(MadeUp(failing=lambda problem, plan: problem.m == 40))
     offgrid.main(["cliffs", "--table", str(SHIPPED), "--csv", str(tmp_path / "cliffs.csv")])
     said = capsys.readouterr()
     assert "72 of 78 cells" in said.out and said.err.count("crash illegal address") == 6
@@ -134,7 +134,7 @@ def test_an_interrupted_run_leaves_what_it_has(device, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         offgrid.main(["cliffs", "--table", str(SHIPPED), "--csv", str(tmp_path / "cliffs.csv")])
     rows = csv_rows.read(tmp_path / "cliffs.csv", offgrid.Cliff, "cliffs")
-    assert [r.m for r in rows] == [3, 5, 12, 17, 24, 33, 48, 65]
+    assert [r.m for r in rows] == [3, 5, 12, 17, 24, 33, 40, 65]
 
 
 def test_what_the_table_does_not_hold_is_compiled(device, tmp_path, capsys, monkeypatch):
@@ -171,7 +171,7 @@ def test_regret_compares_the_look_up_with_the_tune_at_unseen_shapes_only(device,
     timed = {(m.problem, m.plan.config) for m in find_recording("h100").measurements}
     assert [r.tried for r in rows] == [sum(problem == at for problem, _ in timed) for at in tuned]
     fewest, most = min(r.tried for r in rows), max(r.tried for r in rows)
-    assert said[0].startswith("regret: 13 of 13 cells, geomean") and fewest > 10
+    assert said[0].startswith("regret: 26 of 26 cells, geomean") and fewest > 10
     assert said[0].endswith(f"above 1.15, beside the best of {fewest} to {most} kernels")
 
 
@@ -183,7 +183,7 @@ def test_regret_replays_the_shipped_recording(device, tmp_path, capsys):
     said = run(capsys, "regret", "--table", tmp_path / "table", "--tuned", SHIPPED, "--csv", tmp_path / "regret.csv")
     times = {(m.problem, m.plan.key): m.us for m in recording.measurements if m.ok}
     rows = csv_rows.read(tmp_path / "regret.csv", offgrid.Regret, "regret")
-    assert 0 < len(rows) <= 13 and f"{len(rows)} of 13 cells" in said[0]
+    assert 0 < len(rows) <= 26 and f"{len(rows)} of 26 cells" in said[0]
     for r in rows:
         problem = Problem(r.n, r.k, r.m)
         assert r.us == pytest.approx(times[problem, r.config], rel=1e-3)
@@ -198,7 +198,7 @@ def test_transfer_takes_the_best_of_another_gpus_plans(device, tmp_path, capsys)
     said = run(capsys, "transfer", "--from", tmp_path / "theirs", "--tuned", tmp_path / "tuned", "--csv", path)
     rows = csv_rows.read(path, offgrid.Transfer, "transfer")
     assert path.read_text().splitlines()[0] == "n,k,m,us,config,tuned_us,tuned_config,loss"
-    assert len(rows) == 13 and "loss: 13 of 13 cells" in said[0]
+    assert len(rows) == 26 and "loss: 26 of 26 cells" in said[0]
     plans = {row.plan for row in theirs.rows}
     for r, (problem, finalists) in zip(rows, measurer.rounds, strict=True):
         assert len(finalists) in (3, 4) and finalists[0].key == r.config

@@ -58,4 +58,4 @@ def test_ours_runs_first_then_cublas_as_long():
 
 def test_more_than_one_cell_is_refused_with_the_fix(capsys):
     assert main(["bench", "--model", "tiny", "--sustained", "60"]) == 2
-    assert "--sustained runs one cell, not 13" in capsys.readouterr().err
+    assert "--sustained runs one cell, not 26" in capsys.readouterr().err
