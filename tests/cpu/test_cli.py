@@ -168,6 +168,15 @@ def test_tune_writes_a_table_that_show_reads(recording, home, capsys, monkeypatc
     assert "it has 4096x4096" in capsys.readouterr().err
 
 
+def test_a_replay_that_was_not_told_m_takes_what_was_recorded(recording, home, capsys):
+    words = ["tune", "--shapes", "4096x4096", "--device", f"replay:{recording}", "--out", str(home / "out")]
+    assert main(words) == 0
+    assert "the recording has 3 of these 26 problems" in capsys.readouterr().err
+    assert [row.problem for row in DispatchTable.load(home / "out" / H100.slug).rows] == PROBLEMS
+    assert main([*words, "--tokens", "1,2"]) == 2
+    assert "no n=4096 k=4096 m=2" in capsys.readouterr().err
+
+
 def test_the_same_tune_again_goes_on_and_finds_the_same(recording, home, capsys):
     assert tune(recording, "--json") == 0
     first = capsys.readouterr()

@@ -25,8 +25,8 @@ GPUS = {"h100": H100, "h200": H200}
 # ones (m = 16, of the day before). The latter were timed beside one of the others, by which both are on one scale.
 FEW_TOKENS = Path(__file__).parents[1] / "fixtures" / "few_tokens.csv"
 
-# Beside these the format, of 2026-11-28: defaults, and the best of 15 to 60 configs. What is there of 1, 16, 300 tokens and
-# more was not fitted to, but for one factor by that of 512 and 1024; 300 tokens lie between powers of two.
+# Beside these the format, of 2026-11-28: defaults, and the best of 15 to 60 configs. What is there of 1, 16, 300 tokens
+# and more was not fitted to, but for one factor by that of 512 and 1024; 300 tokens lie between powers of two.
 SERVED_TOKENS = FEW_TOKENS.with_name("served_tokens.csv")
 
 
