@@ -40,6 +40,7 @@ class Calibrated:
     NEAR: ClassVar[float] = 1.3  # times the best; the rest need not be told apart
     POOL: ClassVar[float] = 8.0  # timings of a problem that weigh as much as those of all
     LEAST_GATE: ClassVar[float] = 1.1  # timings that are quick to take have errors of their own
+    HOPELESS: ClassVar[float] = -4.0  # spreads: what is won so far out is 7e-6 of one
     GATE_SPREADS: ClassVar[float] = 3.0  # a pair predicted that much slower than the best is best once in 700 times
 
     @classmethod
@@ -105,8 +106,11 @@ class Calibrated:
 
     def _shortfall(self, margin: Array) -> Array:
         """The mean of max(margin - error, 0) for a normal error of standard deviation ``spread``."""
-        z = margin / self.spread
+        all_z = margin / self.spread
+        mean: Array = np.zeros_like(all_z)
+        hopeful = all_z > self.HOPELESS  # one pair in twenty, and the rest of this is what a proposal takes
+        z = all_z[hopeful]
         density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
         below = 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # the normal distribution function
-        mean: Array = self.spread * np.maximum(z * below + density, 0)
-        return mean
+        mean[hopeful] = np.maximum(z * below + density, 0)
+        return mean * self.spread
