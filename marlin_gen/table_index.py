@@ -20,7 +20,7 @@ MAX_DISTANCE = 3.0  # in octaves: beyond it a family's arithmetic is a better gu
 MAX_NEAREST = 4  # rows of other shapes: each costs a load attempt when it fails
 NEAR_TOKENS = 2  # a row speaks for as many tokens, and for fewer down to a half of them
 MANY_TOKENS = 512  # from here on more of them are more of the same: such rows speak for one another
-FEW_TOKENS = 32  # above, what tiles of tokens leave empty costs time
+FEW_TOKENS = 32  # above, what tiles of tokens leave empty costs time; from 9 to 16 all tiles are the same
 CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
 POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
 
@@ -83,7 +83,7 @@ class TableIndex:
     def fitting(self, problem: Problem, gpu: Gpu) -> Plan | None:
         """What won at any shape for about as many tokens and is estimated to take the least; None if a default does."""
         kind, m = (problem.weight_format, problem.act_dtype), problem.m
-        won = self.plans.get(kind, {}) if m > FEW_TOKENS else {}
+        won = self.plans.get(kind, {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
         near = (plan for plan, sizes in won.items() if any(_comparable(size, m) for size in sizes))
         # A plan for one token tile says nothing of the order of several.
         plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in near]
