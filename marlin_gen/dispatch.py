@@ -10,8 +10,9 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    the user's own, then the shipped ones. Rows of twice as many tokens and more, or of fewer, come after the defaults
    that lie ready, unless both are 512 and more: a plan for 16 tokens is none for a prefill. (An H100's table cut down
    to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.) Where
-   the first row is of a third more tokens and more (160 served by 256), a plan whose tiles fit comes before it: the
-   best, by an estimate, of what won anywhere for about as many tokens, and of the defaults.
+   the first row is of a third more tokens and more (160 served by 256), or of fewer, a plan whose tiles fit comes
+   before it: by an estimate the best of what won anywhere for about as many tokens, else the default. Not where both
+   have as many tiles as at the row, where they met.
 3. *Nearest shape*: the same choice of m at the other shapes, nearest first, rows far from the tokens asked for last
    again, where
 
@@ -22,13 +23,13 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    a third of the SMs would idle. Shapes further than ``MAX_DISTANCE`` are not considered.
 4. ``default_plan``, then every family's own default. *Before* step 3 where the rows of these formats say that
    defaults are good on this GPU: at the tuned shapes they took at most ``GOOD_DEFAULTS`` times as long as the winners,
-   in the mean; only those that lie ready, since to compile one on first use is no better than a neighbour's kernel now.
-   (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times; defaults 1.1 %, 1.10.) Before even
-   the defaults comes what won anywhere and fits so many tokens better, as in step 2 (six shapes at 13 numbers of tokens
-   from 48 to 896, each left out in turn: defaults 15 % from the best, this 2 to 3 %), and the nearest row where it is
-   within an octave, is not far in tokens, and today's default lost more than 6 % there (each shape left out of its own
-   table in turn, with defaults that were worse, 1.6 % from the best on an H200 instead of 3.0 %; with today's 1.2 %,
-   and 1.4 % on an H100, with or without).
+   in the mean (``TableIndex.default_loss``); only those that lie ready, since to compile one on first use is no better
+   than a neighbour's kernel now. (Ten unseen shapes on an H100: nearest 16 % from tuning them, at worst 2.2 times;
+   defaults 1.1 %, 1.10.) Before even the defaults comes what won anywhere and fits better, as in step 2 (six shapes at
+   13 numbers of tokens from 48 to 896, each left out in turn: defaults 15 % from the best, this 2 %), then the nearest
+   row if within an octave, not far in tokens, and today's default lost more than 6 % there (each shape left out of its
+   own table, with defaults that were worse, 1.6 % from the best on an H200 instead of 3.0 %; with today's 1.2 %, and
+   1.4 % on an H100, with or without).
 5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 """
 
@@ -53,7 +54,7 @@ from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
-from marlin_gen.table_index import FEW_TOKENS, TableIndex, rejected, shape_of, speaks_for
+from marlin_gen.table_index import FEW_TOKENS, TableIndex, fits_elsewhere, kind_of, rejected, shape_of, speaks_for
 from marlin_gen.table_row import TableRow
 
 GOOD_DEFAULTS = 1.08
@@ -125,35 +126,37 @@ class Dispatcher:
             for mark, index in self._indices
             for row in index.exact(shape_of(problem), problem.m)
         ]
-        kind = problem.weight_format, problem.act_dtype
         own = self._indices[0][1]
-        if exact and problem.m > FEW_TOKENS and 3 * (row := exact[0][1]).problem.m >= 4 * problem.m:
-            fitting = own.fitting(problem, self.gpu) or default_plan(problem, self.gpu)
-            if fits_better(fitting, row.plan, problem, self.gpu):
-                yield "fitting", fitting, True
+        if exact and problem.m > FEW_TOKENS and not problem.m <= (row := exact[0][1]).problem.m < 4 / 3 * problem.m:
+            for origin, plan, ready in islice(self._ready(problem), 1):
+                if fits_elsewhere(plan, row, problem.m) and fits_better(plan, row.plan, problem, self.gpu):
+                    yield origin, plan, ready
         yield from self._rows(problem, exact)
-        if own.default_loss.get(kind, math.inf) <= math.log(GOOD_DEFAULTS):
-            if plan := own.fitting(problem, self.gpu):
-                yield "fitting", plan, True
+        if fitting := own.fitting(problem, self.gpu):
+            yield "fitting", fitting, True
+        if own.default_loss.get(kind_of(problem), math.inf) <= math.log(GOOD_DEFAULTS):
             if better := own.beats_default(problem, self.gpu):
                 yield "nearest", better.plan, True
             yield from self._defaults(problem, must_be_ready=True)
-        nearest = [
-            (f"{mark}nearest", row) for mark, index in self._indices for row in index.nearest(problem, self.gpu)
-        ]
+        nearest = [(f"{mark}nearest", r) for mark, index in self._indices for r in index.nearest(problem, self.gpu)]
         yield from self._rows(problem, nearest)
         yield from self._defaults(problem, must_be_ready=False)
 
     def _rows(self, problem: Problem, rows: Sequence[tuple[str, TableRow]]) -> Iterator[tuple[str, Plan, bool]]:
-        """Those that speak for the problem's tokens; before any that do not, the defaults that lie ready."""
+        """Those that speak for the problem's tokens; before any that do not, what lies ready without a row."""
         silent = [(origin, row) for origin, row in rows if not speaks_for(row, problem.m)]
         for origin, row in rows:
             if speaks_for(row, problem.m):
                 yield origin, row.plan, False
         if silent:
-            yield from self._defaults(problem, must_be_ready=True)
+            yield from self._ready(problem)
         for origin, row in silent:
             yield origin, row.plan, False
+
+    def _ready(self, problem: Problem) -> Iterator[tuple[str, Plan, bool]]:
+        if plan := self._indices[0][1].fitting(problem, self.gpu):
+            yield "fitting", plan, True
+        yield from self._defaults(problem, must_be_ready=True)
 
     def _defaults(self, problem: Problem, must_be_ready: bool) -> Iterator[tuple[str, Plan, bool]]:
         fmt = weight_format(problem.weight_format)

@@ -6,12 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
-from marlin_gen.arch import Gpu
+from marlin_gen.arch import Arch, Gpu
 from marlin_gen.config import Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.defaults import default_plan, estimate, fits_better
+from marlin_gen.formats import weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_row import TableRow
@@ -23,6 +25,9 @@ MANY_TOKENS = 512  # from here on more of them are more of the same: such rows s
 FEW_TOKENS = 32  # above, what tiles of tokens leave empty costs time; from 9 to 16 all tiles are the same
 CLOSE = 1.0  # in octaves: so near, a row tells whether the default is good
 POOR_DEFAULT = 1.06  # what the default took there, over what the winner took
+
+
+Kind = tuple[str, str]  # weight format, activation type
 
 
 class Shape(NamedTuple):
@@ -37,8 +42,7 @@ class TableIndex:
     """The rows of several tables by shape, for one bisection per look-up."""
 
     shapes: dict[Shape, tuple[list[int], list[TableRow]]]
-    default_loss: dict[tuple[str, str], float]  # by formats: the mean of log(what defaults took / what winners took)
-    plans: dict[tuple[str, str], dict[Plan, list[int]]]  # by formats: what won, and at which m
+    arch: Arch | None  # of their GPUs; None without any
 
     @classmethod
     def of(cls, tables: Sequence[DispatchTable]) -> TableIndex:
@@ -51,15 +55,35 @@ class TableIndex:
             sizes, rows = shapes.setdefault(shape_of(problem), ([], []))
             sizes.append(problem.m)
             rows.append(by_problem[problem])
-        losses: dict[tuple[str, str], list[float]] = {}
-        plans: dict[tuple[str, str], dict[Plan, list[int]]] = {}
-        for problem, row in by_problem.items():
-            default, gpu, kind = row.default_plan, tables[0].gpu, (problem.weight_format, problem.act_dtype)
-            plans.setdefault(kind, {}).setdefault(row.plan, []).append(problem.m)
-            # Where no default has tiles for so many tokens, that says nothing of what defaults are good for elsewhere.
-            if row.default_us and default and not fits_better(row.plan, default, problem, gpu):
-                losses.setdefault(kind, []).append(math.log(row.default_us) - math.log(row.us))
-        return cls(shapes, {kind: sum(logs) / len(logs) for kind, logs in losses.items()}, plans)
+        return cls(shapes, tables[0].gpu.arch if tables else None)
+
+    @cached_property
+    def default_loss(self) -> dict[Kind, float]:
+        """By formats the mean of log(what defaults took / what winners took).
+
+        But for rows whose winner leaves fewer tokens of its tiles empty: which shapes defaults suit, those do not say.
+        """
+        losses: dict[Kind, list[float]] = {}
+        for row in self._rows():
+            default, m = row.default_plan, row.problem.m
+            if row.default_us and default and _computed(row.plan, m) >= _computed(default, m):
+                losses.setdefault(kind_of(row.problem), []).append(math.log(row.default_us) - math.log(row.us))
+        return {kind: sum(logs) / len(logs) for kind, logs in losses.items()}
+
+    @cached_property
+    def plans(self) -> dict[Kind, dict[Plan, list[int]]]:
+        """By formats what won, and at which m; of what can be built at all."""
+        found: dict[Kind, dict[Plan, list[int]]] = {}
+        for row in self._rows():
+            found.setdefault(kind_of(row.problem), {}).setdefault(row.plan, []).append(row.problem.m)
+        return {kind: {plan: m for plan, m in won.items() if self._legal(plan, kind)} for kind, won in found.items()}
+
+    def _legal(self, plan: Plan, kind: Kind) -> bool:
+        family, fmt = FAMILIES.of(plan.config), weight_format(kind[0])
+        return self.arch is not None and family.reject_reason(plan.config, fmt, self.arch) is None
+
+    def _rows(self) -> Iterator[TableRow]:
+        return (row for _, rows in self.shapes.values() for row in rows)
 
     def exact(self, shape: Shape, m: int) -> Iterator[TableRow]:
         """The shape's rows in the order of step 2."""
@@ -82,8 +106,8 @@ class TableIndex:
 
     def fitting(self, problem: Problem, gpu: Gpu) -> Plan | None:
         """What won at any shape for about as many tokens and is estimated to take the least; None if a default does."""
-        kind, m = (problem.weight_format, problem.act_dtype), problem.m
-        won = self.plans.get(kind, {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
+        m = problem.m
+        won = self.plans.get(kind_of(problem), {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
         near = (plan for plan, sizes in won.items() if any(_comparable(size, m) for size in sizes))
         # A plan for one token tile says nothing of the order of several.
         plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in near]
@@ -95,7 +119,7 @@ class TableIndex:
         """A row of each other shape within ``MAX_DISTANCE``, nearest first."""
         found = []
         for shape in self.shapes:
-            if shape[2:] == (problem.weight_format, problem.act_dtype) and shape != shape_of(problem):
+            if shape[2:] == kind_of(problem) and shape != shape_of(problem):
                 row = next((row for row in self.exact(shape, problem.m) if not rejected(row.plan, problem)), None)
                 if row and (d := distance(problem, row, gpu.num_sms)) <= MAX_DISTANCE:
                     found.append((d, row.problem, row))
@@ -107,9 +131,24 @@ def speaks_for(row: TableRow, m: int) -> bool:
     return m <= row.problem.m < NEAR_TOKENS * m or min(m, row.problem.m) >= MANY_TOKENS
 
 
+def fits_elsewhere(plan: Plan, row: TableRow, m: int) -> bool:
+    """Whether ``m`` tokens are other tiles than the row's, of its plan or of this one: if not, they compared there."""
+    own = row.plan
+    return _computed(plan, m) != _computed(plan, row.problem.m) or _computed(own, m) != _computed(own, row.problem.m)
+
+
+def _computed(plan: Plan, m: int) -> int:
+    """Tokens of all tiles, with what is empty of the last."""
+    return -(-m // plan.config.block_m) * plan.config.block_m
+
+
 def _comparable(row_m: int, m: int) -> bool:
     """Whether a plan for ``row_m`` tokens is worth an estimate for ``m``: its tile may go into them several times."""
     return m <= 4 * row_m and (row_m < NEAR_TOKENS * m or m >= MANY_TOKENS)
+
+
+def kind_of(problem: Problem) -> Kind:
+    return problem.weight_format, problem.act_dtype
 
 
 def shape_of(problem: Problem) -> Shape:

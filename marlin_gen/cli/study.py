@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -60,11 +60,14 @@ def open_study(
 
 
 def recorded(problems: Sequence[Problem], measurer: Measurer) -> list[Problem]:
-    """Those that a replay has, or all where it has none of them, which its error explains; of a GPU all."""
-    known = measurer.recording.baselines.keys() if isinstance(measurer, ReplayMeasurer) else problems
-    found = [problem for problem in problems if problem in known] or list(problems)
+    """Without the m that a replay lacks at shapes of which it has others; its error explains what it has nothing of."""
+    if not isinstance(measurer, ReplayMeasurer):
+        return list(problems)
+    known = measurer.recording.baselines.keys()
+    shapes = {replace(problem, m=0) for problem in known}
+    found = [problem for problem in problems if problem in known or replace(problem, m=0) not in shapes]
     if len(found) < len(problems):
-        note(f"the recording has {len(found)} of these {len(problems)} problems; the others are left out")
+        note(f"the recording has {len(found)} of these {len(problems)} problems; other m of its shapes are left out")
     return found
 
 

@@ -40,7 +40,7 @@ class Calibrated:
     NEAR: ClassVar[float] = 1.3  # times the best; the rest need not be told apart
     POOL: ClassVar[float] = 8.0  # timings of a problem that weigh as much as those of all
     LEAST_GATE: ClassVar[float] = 1.1  # timings that are quick to take have errors of their own
-    HOPELESS: ClassVar[float] = -4.0  # spreads: what is won so far out is 7e-6 of one
+    HOPELESS: ClassVar[float] = -4.0  # spreads: what is won so far out is less than 1e-4 of one
     GATE_SPREADS: ClassVar[float] = 3.0  # a pair predicted that much slower than the best is best once in 700 times
 
     @classmethod

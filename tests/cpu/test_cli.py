@@ -173,7 +173,7 @@ def test_a_replay_that_was_not_told_m_takes_what_was_recorded(recording, home, c
     assert main(words) == 0
     assert "the recording has 3 of these 26 problems" in capsys.readouterr().err
     assert [row.problem for row in DispatchTable.load(home / "out" / H100.slug).rows] == PROBLEMS
-    assert main([*words, "--tokens", "1,2"]) == 2
+    assert main([*words, "--tokens", "1,2"]) == 2 and main([*words, "--shapes", "4096x4096,64x128"]) == 2
     assert "no n=4096 k=4096 m=2" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables, known_winners
 from marlin_gen.families import FAMILIES
-from marlin_gen.families.defaults import default_plan
+from marlin_gen.families.defaults import default_plan, fits_better
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
 from marlin_gen.table_index import MAX_DISTANCE, POOR_DEFAULT, distance, wave_fill
@@ -80,13 +80,57 @@ def test_rows_of_many_tokens_speak_for_one_another(m, expected, tmp_path):
 def test_a_plan_whose_tiles_fit_comes_before_a_row_of_a_third_more_tokens(m, first, tmp_path):
     """For 129 to 192 tokens 160 or 192 by what won at another shape; the row for 256 computes 256 of them."""
     served = wgmma(256) if m > 32 else wgmma(32)
-    fits = [wgmma(tile) for tile in (160, 192)]
+    fits = [Plan(replace(wgmma(tile).config, num_stages=3)) for tile in (160, 192)]
     rows = [row(6144, 4096, plan.config.block_m, plan) for plan in fits]
     table = tables.table(tmp_path, [row(8192, 4096, served.config.block_m, served), *rows])
     expected = served if first == "exact" else fits[m > 160]
     found = plans(Problem(8192, 4096, m), table)
     assert found[0] == (first, expected) and ("exact", served) in found
     assert plans(Problem(8192, 4096, m), bare(table.rows))[0] == ("exact", served), "only a kernel that lies ready"
+
+
+def fitting_table(tmp_path, *more) -> DispatchTable:
+    """What won for 160 tokens at another shape, and these rows."""
+    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8, num_stages=3))
+    return tables.table(tmp_path, [row(6144, 4096, 160, fits), *more])
+
+
+def test_a_shape_tuned_for_few_tokens_is_served_no_worse_than_one_never_tuned(tmp_path):
+    problem = Problem(16384, 4096, 160)
+    unseen = plans(problem, fitting_table(tmp_path))[0]
+    few = fitting_table(tmp_path, row(16384, 4096, 1, M1), row(16384, 4096, 16, M16))
+    assert unseen[0] == "fitting" and plans(problem, few)[0] == unseen
+
+
+def test_many_tokens_take_what_fits_before_a_row_of_fewer(tmp_path):
+    """640 are four tiles of 160, and with the row's of 256 three of which half of one is empty."""
+    served = Plan(replace(wgmma(256).config, num_stages=2))
+    table = fitting_table(tmp_path, row(8192, 4096, 512, served))
+    assert plans(Problem(8192, 4096, 640), table)[0][0] == "fitting"
+    assert plans(Problem(8192, 4096, 512), table)[0] == ("exact", served)
+
+
+def test_what_a_row_won_against_stays_behind_it_where_the_tiles_are_as_many(tmp_path):
+    """65 to 96 tokens, served by a row for 128 with one tile of 128: the default has one too, whatever is estimated."""
+    problem = Problem(14336, 4096, 80)
+    default = default_plan(problem, H100)
+    served = Plan(replace(wgmma(128).config, num_stages=2))
+    assert default.config.block_m == 128 and fits_better(default, served, problem, H100)
+    table = tables.table(tmp_path, [row(14336, 4096, 128, served, default=default)])
+    assert plans(problem, table)[0] == ("exact", served)
+
+
+def test_a_plan_that_cannot_be_built_is_not_considered(tmp_path):
+    """Nor estimated: some have no share of rows at all."""
+    odd = Plan(replace(mma(32, 16).config, blocks_per_sm=1000))
+    table = bare([row(6144, 4096, 16, odd, default=odd)])
+    assert odd not in [plan for origin, plan in plans(Problem(8192, 4096, 16), table) if origin == "fitting"]
+
+
+def test_what_fits_does_not_depend_on_defaults_being_good(tmp_path):
+    table = fitting_table(tmp_path)  # no row says anything of defaults
+    assert not Dispatcher(H100, [table])._indices[0][1].default_loss
+    assert plans(Problem(16384, 4096, 160), table)[0][0] == "fitting"
 
 
 @pytest.mark.parametrize("m", [8, 9, 16, 17])
@@ -102,7 +146,7 @@ def test_of_nine_to_sixteen_tokens_what_won_elsewhere_may_come_first(m, tmp_path
 
 
 def test_more_tokens_than_its_tile_take_a_plan_in_the_order_of_several_tiles(tmp_path):
-    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8))
+    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8, num_stages=3))
     rows = [row(6144, 4096, 160, fits), row(8192, 4096, 512, wgmma(256))]
     found = plans(Problem(8192, 4096, 320), tables.table(tmp_path, rows))
     assert found[0] == ("fitting", replace(fits, raster=8))
