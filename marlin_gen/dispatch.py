@@ -54,7 +54,7 @@ from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
-from marlin_gen.table_index import FEW_TOKENS, TableIndex, fits_elsewhere, kind_of, rejected, shape_of, speaks_for
+from marlin_gen.table_index import FEW_TOKENS, TableIndex, fits_elsewhere, rejected, shape_of, speaks_for
 from marlin_gen.table_row import TableRow
 
 GOOD_DEFAULTS = 1.08
@@ -134,7 +134,7 @@ class Dispatcher:
         yield from self._rows(problem, exact)
         if fitting := own.fitting(problem, self.gpu):
             yield "fitting", fitting, True
-        if own.default_loss.get(kind_of(problem), math.inf) <= math.log(GOOD_DEFAULTS):
+        if own.default_loss.get(problem.kind, math.inf) <= math.log(GOOD_DEFAULTS):
             if better := own.beats_default(problem, self.gpu):
                 yield "nearest", better.plan, True
             yield from self._defaults(problem, must_be_ready=True)

@@ -26,6 +26,11 @@ class Problem:
         dtype(self.act_dtype)
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """The number formats, weight and activations: what kernels are compiled for besides their config."""
+        return self.weight_format, self.act_dtype
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.m * self.n * self.k
 

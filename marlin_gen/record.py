@@ -67,7 +67,7 @@ class Recording:
 
     def configs(self, kind: tuple[str, str] | None = None) -> list[KernelConfig]:
         """Every config that was tried (``kind``: for this weight format and activation type), by first trial."""
-        rows = (m for m in self.measurements if kind in (None, (m.problem.weight_format, m.problem.act_dtype)))
+        rows = (m for m in self.measurements if kind in (None, m.problem.kind))
         return list(dict.fromkeys(m.plan.config for m in rows))
 
     def problems(self) -> list[Problem]:

@@ -49,14 +49,14 @@ class ReplayMeasurer:
     def baselines(self, problems: Sequence[Problem]) -> Iterator[Baseline]:
         for problem in problems:
             if problem not in self.recording.baselines:
-                kinds = sorted({(p.weight_format, p.act_dtype) for p in self.recording.baselines})
-                kind = (problem.weight_format, problem.act_dtype)
+                kinds = sorted({p.kind for p in self.recording.baselines})
+                kind = problem.kind
                 if kind not in kinds:
                     raise ValueError(
                         f"the recording has nothing of {' '.join(kind)}; it has {', '.join(map(' '.join, kinds))}:"
                         " ask for one of them, or tune on a GPU"
                     )
-                known = sorted(p for p in self.recording.baselines if (p.weight_format, p.act_dtype) == kind)
+                known = sorted(p for p in self.recording.baselines if p.kind == kind)
                 tokens = ", ".join(str(p.m) for p in known if (p.n, p.k) == (problem.n, problem.k))
                 shapes = ", ".join(dict.fromkeys(f"{p.n}x{p.k}" for p in known))
                 raise ValueError(
@@ -104,7 +104,7 @@ def find_recording(name: str) -> Recording:
         raise ValueError(f"no single recording is called {name!r}; known: {known}; a path to a recording works too")
     first, *others = map(load_recording, sorted(matches[0], key=lambda path: (path.name != FILE_NAME, path.name)))
     for other in others:
-        first.versions_of |= {(p.weight_format, p.act_dtype): other.versions for p in other.baselines}
+        first.versions_of |= {p.kind: other.versions for p in other.baselines}
         first.measurements += other.measurements
         first.finals += other.finals
         first.baselines |= other.baselines

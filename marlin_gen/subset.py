@@ -55,7 +55,7 @@ def options_of(table: DispatchTable, recordings: Sequence[Recording], usable: Co
         if not table.gpu.same_class(recording.gpu):
             raise ValueError(f"the recording is of {recording.gpu.slug}, the table of {table.gpu.slug}; name its own")
     failed = {
-        (m.plan.config, m.problem.weight_format, m.problem.act_dtype)
+        (m.plan.config, *m.problem.kind)
         for recording in recordings
         for m in (*recording.measurements, *recording.finals)
         if m.status not in ("ok", "launch")
@@ -81,10 +81,9 @@ def _options(
 ) -> dict[str, Option]:
     """The best plan of each kernel on one row; of the rounds that timed a kernel the first counts."""
     found: dict[str, Option] = {}
-    kind = (row.problem.weight_format, row.problem.act_dtype)
 
     def key_of(config: KernelConfig) -> str:
-        return KernelSpec(config, *kind, table.gpu.arch.name).key
+        return KernelSpec(config, *row.problem.kind, table.gpu.arch.name).key
 
     for times in rounds:
         measured = times.get(row.problem, {})
@@ -95,7 +94,7 @@ def _options(
         best: dict[str, Option] = {}
         for plan, m in measured.items():
             key = key_of(plan.config)
-            if key in found or key not in usable or (plan.config, *kind) in failed or m.us is None:
+            if key in found or key not in usable or (plan.config, *row.problem.kind) in failed or m.us is None:
                 continue
             option = Option(_with(row, m), max(m.us / reference - 1.0, 0.0))
             if key not in best or option.regret < best[key].regret:
@@ -125,7 +124,7 @@ def select(options: Options, limit: float, keep: Collection[str] = ()) -> Select
     chosen, least = set(keep), len(set(keep))
     kinds: dict[tuple[str, str], list[Problem]] = {}
     for problem in sorted(options):
-        kinds.setdefault((problem.weight_format, problem.act_dtype), []).append(problem)
+        kinds.setdefault(problem.kind, []).append(problem)
     for problems in kinds.values():  # kernels of one kind serve no other: each is a cover of its own
         sets: dict[str, int] = {}
         for bit, problem in enumerate(problems):

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple
 
 from marlin_gen.arch import Arch, Gpu
@@ -67,7 +68,7 @@ class TableIndex:
         for row in self._rows():
             default, m = row.default_plan, row.problem.m
             if row.default_us and default and _computed(row.plan, m) >= _computed(default, m):
-                losses.setdefault(kind_of(row.problem), []).append(math.log(row.default_us) - math.log(row.us))
+                losses.setdefault(row.problem.kind, []).append(math.log(row.default_us) - math.log(row.us))
         return {kind: sum(logs) / len(logs) for kind, logs in losses.items()}
 
     @cached_property
@@ -75,7 +76,7 @@ class TableIndex:
         """By formats what won, and at which m; of what can be built at all."""
         found: dict[Kind, dict[Plan, list[int]]] = {}
         for row in self._rows():
-            found.setdefault(kind_of(row.problem), {}).setdefault(row.plan, []).append(row.problem.m)
+            found.setdefault(row.problem.kind, {}).setdefault(row.plan, []).append(row.problem.m)
         return {kind: {plan: m for plan, m in won.items() if self._legal(plan, kind)} for kind, won in found.items()}
 
     def _legal(self, plan: Plan, kind: Kind) -> bool:
@@ -107,19 +108,19 @@ class TableIndex:
     def fitting(self, problem: Problem, gpu: Gpu) -> Plan | None:
         """What won at any shape for about as many tokens and is estimated to take the least; None if a default does."""
         m = problem.m
-        won = self.plans.get(kind_of(problem), {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
+        won = self.plans.get(problem.kind, {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
         near = (plan for plan, sizes in won.items() if any(_comparable(size, m) for size in sizes))
         # A plan for one token tile says nothing of the order of several.
         plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in near]
-        usable = [plan for plan in plans if estimate(plan, problem, gpu) > 0 and not rejected(plan, problem)]
-        best = min(usable, key=lambda plan: estimate(plan, problem, gpu), default=None)
+        works = [(estimate(plan, problem, gpu), plan) for plan in plans if not rejected(plan, problem)]
+        _, best = min(((work, plan) for work, plan in works if work > 0), key=itemgetter(0), default=(0.0, None))
         return best if best and fits_better(best, default_plan(problem, gpu), problem, gpu) else None
 
     def _by_distance(self, problem: Problem, gpu: Gpu) -> list[tuple[float, TableRow]]:
         """A row of each other shape within ``MAX_DISTANCE``, nearest first."""
         found = []
         for shape in self.shapes:
-            if shape[2:] == kind_of(problem) and shape != shape_of(problem):
+            if shape[2:] == problem.kind and shape != shape_of(problem):
                 row = next((row for row in self.exact(shape, problem.m) if not rejected(row.plan, problem)), None)
                 if row and (d := distance(problem, row, gpu.num_sms)) <= MAX_DISTANCE:
                     found.append((d, row.problem, row))
@@ -147,12 +148,8 @@ def _comparable(row_m: int, m: int) -> bool:
     return m <= 4 * row_m and (row_m < NEAR_TOKENS * m or m >= MANY_TOKENS)
 
 
-def kind_of(problem: Problem) -> Kind:
-    return problem.weight_format, problem.act_dtype
-
-
 def shape_of(problem: Problem) -> Shape:
-    return Shape(problem.n, problem.k, problem.weight_format, problem.act_dtype)
+    return Shape(problem.n, problem.k, *problem.kind)
 
 
 def rejected(plan: Plan, problem: Problem) -> str | None:

@@ -193,7 +193,7 @@ def _plan_from_json(data: dict[str, Any]) -> Plan:
 
 def defaults_beside(gpu: Gpu, rows: Iterable[TableRow]) -> list[KernelSpec]:
     """What shapes that these rows lack may be served with: every default of the numbers that the rows are for."""
-    return default_specs(gpu.arch, sorted({(row.problem.weight_format, row.problem.act_dtype) for row in rows}))
+    return default_specs(gpu.arch, sorted({row.problem.kind for row in rows}))
 
 
 def named_kernels(gpu: Gpu, rows: Collection[TableRow]) -> set[str]:

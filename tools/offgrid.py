@@ -131,7 +131,7 @@ def summary(rows: Sequence[Any], asked: int) -> str:
 def rows_of(table: DispatchTable) -> list[TableRow]:
     """Those of the default formats: others have kernels of their own, and the files here no column for them."""
     kind = DEFAULT_FORMAT, DEFAULT_DTYPE
-    return [row for row in table.rows if (row.problem.weight_format, row.problem.act_dtype) == kind]
+    return [row for row in table.rows if row.problem.kind == kind]
 
 
 def cliffs(gpu: Gpu, table: DispatchTable) -> Iterator[Question]:

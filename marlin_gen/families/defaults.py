@@ -10,7 +10,6 @@ from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.mma import MMA
 from marlin_gen.families.wgmma import WGMMA
-from marlin_gen.families.wgmma_work import work
 from marlin_gen.formats import weight_format
 from marlin_gen.problem import Problem
 
@@ -41,7 +40,7 @@ def _mma_is_sooner(mma: KernelConfig, wgmma: KernelConfig, problem: Problem, gpu
     by_mma = _MMA_K * (share.computed + share.passes) * MMA.cost(mma) * problem.k
     by_mma *= 1.4 if fmt.offset == "floats" else 1  # see wgmma_work.py
     by_mma += _MMA_SUM * share.passes * mma.block_m * mma.block_n
-    return by_mma < work(wgmma, problem, WGMMA.num_tiles(wgmma, problem), gpu.num_sms) + _MMA_HEAD[fmt.bits]
+    return by_mma < WGMMA.work(wgmma, problem, gpu) + _MMA_HEAD[fmt.bits]
 
 
 SAVES = 0.96  # of what another plan is estimated to take, from 33 tokens on; less gains nothing for sure
@@ -53,8 +52,7 @@ def estimate(plan: Plan, problem: Problem, gpu: Gpu) -> float:
     config = plan.config
     if problem.m <= 16:
         return _work_at_sixteen(config, problem, gpu) if problem.m > 8 and config.block_m == 16 else math.nan
-    of_wgmma = config.family == WGMMA.name
-    return work(config, problem, WGMMA.num_tiles(config, problem), gpu.num_sms) if of_wgmma else math.nan
+    return WGMMA.work(config, problem, gpu) if config.family == WGMMA.name else math.nan
 
 
 def fits_better(plan: Plan, other: Plan, problem: Problem, gpu: Gpu) -> bool:

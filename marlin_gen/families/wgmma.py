@@ -136,8 +136,12 @@ class WgmmaFamily:
         usable = [c for c in configs if self.reject_problem(c, problem) is None]
         # Two tiles for up to 128 tokens at most; what serves every k only where nothing else does.
         fit = [c for c in usable if c.block_m * 2 >= min(problem.m, 128) and (c != _ANY_K or problem.k % 128)]
-        config = min(fit or usable or [_ANY_K], key=lambda c: work(c, problem, self.num_tiles(c, problem), gpu.num_sms))
+        config = min(fit or usable or [_ANY_K], key=lambda c: self.work(c, problem, gpu))
         return Plan(config, 1 if problem.m <= config.block_m else 8)
+
+    def work(self, config: KernelConfig, problem: Problem, gpu: Gpu) -> float:
+        """What the busiest SM does, in multiply-adds, as far as that orders configs."""
+        return work(config, problem, self.num_tiles(config, problem), gpu.num_sms)
 
     def defaults(self, arch: Arch, fmt: WeightFormat) -> tuple[KernelConfig, ...]:
         return fitted(self, (*_DEFAULTS, _ANY_K), fmt, arch)

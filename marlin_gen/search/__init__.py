@@ -109,7 +109,7 @@ def check_problems(problems: Sequence[Problem]) -> list[Problem]:
         raise ValueError("no problems to tune; name at least one shape and one number of tokens")
     if empty := [p for p in unique if p.m == 0]:
         raise ValueError(f"m=0 (n={empty[0].n} k={empty[0].k}) has nothing to time; ask for m of 1 or more")
-    kinds = {(p.weight_format, p.act_dtype) for p in unique}
+    kinds = {p.kind for p in unique}
     if len(kinds) > 1:
         raise ValueError(f"problems of {len(kinds)} formats in one tune: {sorted(kinds)}; tune each by itself")
     return unique

@@ -89,10 +89,12 @@ def test_a_plan_whose_tiles_fit_comes_before_a_row_of_a_third_more_tokens(m, fir
     assert plans(Problem(8192, 4096, m), bare(table.rows))[0] == ("exact", served), "only a kernel that lies ready"
 
 
+FITS = Plan(replace(wgmma(160).config, block_n=128, warps_n=8, num_stages=3))
+
+
 def fitting_table(tmp_path, *more) -> DispatchTable:
     """What won for 160 tokens at another shape, and these rows."""
-    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8, num_stages=3))
-    return tables.table(tmp_path, [row(6144, 4096, 160, fits), *more])
+    return tables.table(tmp_path, [row(6144, 4096, 160, FITS), *more])
 
 
 def test_a_shape_tuned_for_few_tokens_is_served_no_worse_than_one_never_tuned(tmp_path):
@@ -146,10 +148,8 @@ def test_of_nine_to_sixteen_tokens_what_won_elsewhere_may_come_first(m, tmp_path
 
 
 def test_more_tokens_than_its_tile_take_a_plan_in_the_order_of_several_tiles(tmp_path):
-    fits = Plan(replace(wgmma(160).config, block_n=128, warps_n=8, num_stages=3))
-    rows = [row(6144, 4096, 160, fits), row(8192, 4096, 512, wgmma(256))]
-    found = plans(Problem(8192, 4096, 320), tables.table(tmp_path, rows))
-    assert found[0] == ("fitting", replace(fits, raster=8))
+    found = plans(Problem(8192, 4096, 320), fitting_table(tmp_path, row(8192, 4096, 512, wgmma(256))))
+    assert found[0] == ("fitting", replace(FITS, raster=8))
 
 
 def test_a_rejected_plan_is_skipped():
