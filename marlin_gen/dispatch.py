@@ -61,12 +61,11 @@ GOOD_DEFAULTS = 1.08
 
 
 class KernelLocation(NamedTuple):
-    """A kernel's file. ``sha256`` of one that a table ships, verified already and once more by whoever loads it."""
+    """A kernel's file, and the kernel itself where that is a file of several which it was read from."""
 
-    cubin: Path
+    file: Path
     symbol: str
-    sha256: str | None = None
-    ptx: str | None = None  # the kernel itself, where ``cubin`` is the file of several that it was read from
+    image: bytes | None = None  # a cubin or PTX
 
 
 class Choice(NamedTuple):
@@ -169,11 +168,11 @@ class Dispatcher:
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
         """The first table's intact cubin of ``spec``, else what ships as PTX."""
         for table in self.tables:
-            path, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
-            if path and kernel:
-                return KernelLocation(path, kernel.symbol, kernel.sha256)
+            cubin, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
+            if cubin and kernel and table.folder:
+                return KernelLocation(table.folder, kernel.symbol, cubin)
         if self.ptx and (found := self.ptx.find(spec)):
-            return KernelLocation(self.ptx.path(spec.weight_format), found.symbol, ptx=found.text)
+            return KernelLocation(self.ptx.path(spec.weight_format), found.symbol, found.text.encode())
         return None
 
 

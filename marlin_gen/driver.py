@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -73,27 +72,20 @@ class Function:
     module: Any
 
 
-def load(
-    cubin: Path, symbol: str, smem_bytes: int, sha256: str | None = None, *, ptx: str | None = None
-) -> Function:
-    """Load a cubin into the current context and allow it ``smem_bytes`` of dynamic shared memory.
-
-    With ``sha256``, in hex, only these very bytes: a file that changed since it was judged is a LaunchError.
-    ``ptx`` is loaded in place of the file: the driver compiles it, and keeps the result in a cache of its own.
-    """
-    if ptx is not None:
-        return load_image(ptx.encode(), symbol, smem_bytes)
+def load(cubin: Path, symbol: str, smem_bytes: int) -> Function:
+    """``load_image`` of a file; a LaunchError where it cannot be read."""
     try:
         image = cubin.read_bytes()
     except OSError as error:
         raise LaunchError(f"cannot read {cubin.name}: {error.strerror}") from error
-    if sha256 is not None and hashlib.sha256(image).hexdigest() != sha256:
-        raise LaunchError(f"{cubin.name} is not what its table names (sha256 differs): it was changed a moment ago")
     return load_image(image, symbol, smem_bytes)
 
 
 def load_image(image: bytes, symbol: str, smem_bytes: int) -> Function:
-    """Load a cubin or PTX from memory: see ``load``."""
+    """Load a cubin or PTX into the current context and allow it ``smem_bytes`` of dynamic shared memory.
+
+    PTX is compiled by the driver, which keeps the result in a cache of its own.
+    """
     module = call("cuModuleLoadData", image + b"\0")  # by which the end of PTX is known; a cubin says its size itself
     function = call("cuModuleGetFunction", module, symbol.encode())
     limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -113,17 +113,19 @@ class Launcher:
         """The one launcher of a device."""
         return cls(device_index)
 
-    def load(
-        self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None = None, ptx: str | None = None
-    ) -> Kernel:
-        """Load a cubin, or ``ptx`` (``driver.load``).
+    def load(self, file: Path, symbol: str, spec: KernelSpec, image: bytes | None = None) -> Kernel:
+        """Load the cubin or PTX in ``file``, or ``image`` in its place.
 
-        A LaunchError when it is neither, has another hash, lacks the symbol, or cannot be resident.
+        A LaunchError when it is neither, lacks the symbol, or cannot be resident.
         """
         family = FAMILIES.of(spec.config)
         threads, smem = family.threads(spec.config), family.smem_bytes(spec.config, spec.format_row)
         with torch.cuda.device(self.device_index):
-            function = driver.load(cubin, symbol, spec.arch_row.smem_per_block, sha256, ptx=ptx)
+            limit = spec.arch_row.smem_per_block
+            if image is not None:
+                function = driver.load_image(image, symbol, limit)
+            else:
+                function = driver.load(file, symbol, limit)
             resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
         if resident < 1:
             raise LaunchError(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from marlin_gen import native
+from marlin_gen.arch import PTX_ARCH
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
 from marlin_gen.launch import Kernel, Launcher, LaunchError
@@ -179,17 +180,18 @@ class Server:
         return self._kernels[key]
 
     def _loaded(self, location: KernelLocation, spec: KernelSpec) -> Kernel | None:
-        if location.ptx:
+        if spec.arch == PTX_ARCH:
             log.info("the driver compiles %s from PTX, and remembers it", spec.key)
         try:
-            return self.launcher.load(location.cubin, location.symbol, spec, location.sha256, location.ptx)
+            return self.launcher.load(location.file, location.symbol, spec, location.image)
         except LaunchError as error:
             if torch.cuda.is_current_stream_capturing():
                 fix = "call marlin_gen.gemm once with these shapes before"
                 raise LaunchError(f"no kernel is loaded while a CUDA graph is captured ({error}); {fix}") from error
             if "OUT_OF_MEMORY" in str(error):  # the kernel is not at fault: the next call may find room for it
                 raise
-            _warn(f"{location.cubin} does not load ({error}); using the next candidate. Compile or tune it again")
+            said = f"{spec.key} in {location.file} does not load ({error})"
+            _warn(f"{said}; using the next candidate. Compile or tune it again")
             return None
 
     def _compiled(self, spec: KernelSpec) -> KernelLocation | None:

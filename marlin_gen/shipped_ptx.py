@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from marlin_gen import env, whole_files
+from marlin_gen import env, whole_files, xz
 from marlin_gen.arch import PTX_ARCH
 from marlin_gen.config import KernelSpec
 from marlin_gen.families.base import LAUNCH_VERSION
@@ -70,7 +70,7 @@ class ShippedPtx:
     def _read(self, name: str) -> Mapping[str, PtxKernel]:
         path = self.path(name)
         try:
-            return parse(unpack(whole_files.read(path, MAX_BYTES)))
+            return parse(xz.unpack(whole_files.read(path, MAX_BYTES), MAX_UNPACKED))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, ImportError) as error:
@@ -119,27 +119,3 @@ def file_text(kernels: Mapping[str, PtxKernel], compiler: str) -> str:
 def _versions() -> dict[str, int]:
     """What a kernel's arguments and operands depend on."""
     return {"schema": SCHEMA, "layout_version": LAYOUT_VERSION, "launch_version": LAUNCH_VERSION}
-
-
-def pack(content: bytes) -> bytes:
-    """xz: kernels of one format are much alike, and gzip does not look far enough back to find it."""
-    import lzma
-
-    return lzma.compress(content, preset=6 | lzma.PRESET_EXTREME)  # 6: a window of 8 MiB, in which a file lies whole
-
-
-def unpack(packed: bytes) -> bytes:
-    """The inverse of ``pack``; a ValueError for what is damaged, or unpacks to more than ``MAX_UNPACKED`` bytes.
-
-    ImportError where Python was built without lzma.
-    """
-    import lzma
-
-    machine = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_UNPACKED)
-    try:
-        content = machine.decompress(packed, MAX_UNPACKED + 1)
-    except lzma.LZMAError as error:
-        raise ValueError(f"it cannot be unpacked ({error})") from None
-    if len(content) > MAX_UNPACKED or not machine.eof or machine.unused_data:
-        raise ValueError(f"it is cut short, or unpacks to more than {MAX_UNPACKED} bytes")
-    return content

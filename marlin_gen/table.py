@@ -1,14 +1,13 @@
 """Dispatch tables: what was measured to be fastest on one GPU, and the compiled kernels it names.
 
-A folder ``tuned/<gpu.slug>`` holds ``table.json`` (one row per line, sorted, named fields) and ``kernels/<spec
-key>.cubin``, whose sha256 the table records; the table's own is its first field. Whatever cannot be read or trusted is
-left out with one warning per table, so a damaged table costs speed and never a crash or a wrong result. Files are
+A folder ``tuned/<gpu.slug>`` holds ``table.json`` (one row per line, sorted, named fields) and its kernels, packed by
+kind (``kernel_pack``), whose sha256 the table records; the table's own is its first field. Whatever cannot be read or
+trusted is left out with one warning, so a damaged table costs speed and never a crash or a wrong result. Files are
 written whole and under a lock: any number of processes may tune into, import into and load from one folder at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,17 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from marlin_gen import whole_files
+from marlin_gen import kernel_pack, whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.measurement import PROTOCOL, Artifact
 from marlin_gen.problem import Problem
-from marlin_gen.table_file import FILE_NAME, MAX_CUBIN_BYTES, Parsed, file_text, read_file
-from marlin_gen.table_row import KernelFile, TableRow, chosen_rows, named_kernels
+from marlin_gen.table_file import FILE_NAME, Parsed, file_text, read_file
+from marlin_gen.table_row import KernelEntry, TableRow, chosen_rows, named_kernels
 
-__all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "fault_of", "parse"]
+__all__ = ["FILE_NAME", "DispatchTable", "TableWarning", "parse"]
 
 
-READ_SECONDS = 2.0  # that serving waits for a writer, at most, and only to judge a kernel that looks damaged
+READ_SECONDS = 2.0  # that serving waits for a writer, at most, and only to judge kernels that look damaged
 PREFERENCES = ("newer", "older", "faster")  # whose row of a problem a merge keeps
 
 
@@ -37,22 +36,23 @@ class TableWarning(UserWarning):
 
 @dataclass(frozen=True)
 class DispatchTable:
-    """The rows and kernels of one GPU. ``folder`` is where its cubins lie; None before the first write."""
+    """The rows and kernels of one GPU. ``folder`` is where its kernels lie; None before the first write."""
 
     gpu: Gpu
     rows: tuple[TableRow, ...]  # sorted by (n, k, m), one per problem
-    kernels: Mapping[str, KernelFile]  # by KernelSpec.key
+    kernels: Mapping[str, KernelEntry]  # by KernelSpec.key
     runs: tuple[dict[str, Any], ...] = ()  # of each tuning run, oldest first: date, driver, torch, compiler ...
     protocol: str = PROTOCOL
     folder: Path | None = None
-    _checked: dict[str, KernelFile | None] = field(default_factory=dict, compare=False, repr=False)
+    packs: Mapping[str, str] = field(default_factory=dict, compare=False)  # by kind the file of its kernels in there
+    _judged: dict[str, tuple[KernelEntry, bytes] | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def build(
         cls, gpu: Gpu, rows: Iterable[TableRow], artifacts: Iterable[Artifact], provenance: Mapping[str, Any]
     ) -> DispatchTable:
         """A table of fresh results. ``artifacts`` hold every row's kernel and any others to ship (family defaults)."""
-        kernels = {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
+        kernels = {artifact.spec.key: KernelEntry.of(artifact) for artifact in artifacts}
         table = cls(gpu, _sorted(rows), kernels, (dict(provenance),))
         if missing := sorted({row.specs(gpu)[0].key for row in table.rows} - kernels.keys()):
             raise ValueError(f"no artifact for {len(missing)} kernels that rows name, the first is {missing[0]}")
@@ -86,12 +86,12 @@ class DispatchTable:
         both_protocols = dict.fromkeys((*self.protocol.split("; "), *newer.protocol.split("; ")))
         return replace(
             self, protocol="; ".join(both_protocols), rows=_sorted(rows.values()), kernels=kernels, runs=runs,
-            _checked={},
+            _judged={},
         )  # fmt: skip
 
     def _builds_that_stay(
-        self, kernels: Mapping[str, KernelFile], newer: DispatchTable, rows: Mapping[Problem, TableRow], prefer: str
-    ) -> dict[str, KernelFile]:
+        self, kernels: Mapping[str, KernelEntry], newer: DispatchTable, rows: Mapping[Problem, TableRow], prefer: str
+    ) -> dict[str, KernelEntry]:
         """Those of this table's ``kernels`` that ``merged`` does not take in the newer's build."""
         ours, theirs = (
             Counter(row.specs(self.gpu)[0].key for row in table.rows if rows[row.problem] is row)
@@ -102,7 +102,7 @@ class DispatchTable:
             if not theirs[key] or (ours[key] if prefer == "older" else ours[key] >= theirs[key])
         }  # fmt: skip
 
-    def _timed_with(self, kernels: Mapping[str, KernelFile]) -> Iterator[TableRow]:
+    def _timed_with(self, kernels: Mapping[str, KernelEntry]) -> Iterator[TableRow]:
         """The rows whose kernel is of no other build; without the default's time where that is."""
         for row in self.rows:
             own, *default = (kernels.get(s.key) in (None, self.kernels.get(s.key)) for s in row.specs(self.gpu))
@@ -111,41 +111,50 @@ class DispatchTable:
 
     def intact(self) -> DispatchTable:
         """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing."""
-        folder = self.folder
-        kernels = {k: v for k, v in self.kernels.items() if folder and fault_of(folder / v.file, v) is None}
+        kernels: dict[str, KernelEntry] = {}
+        for kind, ours in kernel_pack.by_kind(self.kernels).items():
+            if self.folder:
+                found, _ = kernel_pack.intact(self.folder, self.packs.get(kind), ours)
+                kernels |= {key: kernel for key, (kernel, _) in found.items()}
         rows = tuple(row for row in self.rows if row.specs(self.gpu)[0].key in kernels)
         return replace(self, rows=rows, kernels=kernels)
 
-    def cubin(self, key: str) -> Path | None:
-        """The intact cubin of a spec; None when there is none, with one warning when it is missing or altered."""
-        kernel = self.intact_kernel(key)
-        return self.folder / kernel.file if kernel and self.folder else None
+    def cubin(self, key: str) -> bytes | None:
+        """The intact cubin of a spec; None when there is none, with one warning for all of its kind that are not."""
+        found = self._found(key)
+        return found[1] if found else None
 
-    def intact_kernel(self, key: str) -> KernelFile | None:
-        """The entry that ``cubin``'s file was found to be: this table's, or that of another process's later build."""
-        if key not in self._checked:
-            self._checked[key] = self._verified(key)
-        return self._checked[key]
+    def intact_kernel(self, key: str) -> KernelEntry | None:
+        """The entry that ``cubin`` is of: this table's, or that of another process's later build."""
+        found = self._found(key)
+        return found[0] if found else None
 
-    def _verified(self, key: str) -> KernelFile | None:
-        kernel = self.kernels.get(key)
-        if kernel is None or self.folder is None:
-            return None
-        path = self.folder / kernel.file
-        fault = fault_of(path, kernel)
-        if fault is None:
-            return kernel
-        # Another process may have written since: its build of the same kernel serves as well, and where it dropped the
-        # kernel nothing is broken. Under the lock, not between its cubins and its table.
-        with suppress(OSError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
-            now = _kernels_now(self.folder)
-            if now is not None and now.get(key) != kernel:
-                return now[key] if key in now and fault_of(path, now[key]) is None else None
-            fault = fault_of(path, kernel)
-        if fault is None:
-            return kernel
-        _warn(f"{path} {fault}; using the next candidate instead. Restore the file, or tune again")
-        return None
+    def _found(self, key: str) -> tuple[KernelEntry, bytes] | None:
+        if key not in self._judged:
+            if self.folder is None or key not in self.kernels:
+                return None
+            self._judged.update(self._judge(self.folder, kernel_pack.kind_of(key)))
+        return self._judged[key]
+
+    def _judge(self, folder: Path, kind: str) -> dict[str, tuple[KernelEntry, bytes] | None]:
+        """Every kernel of a kind: they lie in one file."""
+        file, ours = self.packs.get(kind), kernel_pack.by_kind(self.kernels)[kind]
+        found, fault = kernel_pack.intact(folder, file, ours)
+        lost = ours.keys() - found.keys()
+        if lost:
+            # Another process may have written since: its build of the same kernel serves as well, and where it dropped
+            # the kernel nothing is broken. Under the lock, or its files could go as these did.
+            with suppress(OSError, ValueError), whole_files.locked(folder, shared=True, seconds=READ_SECONDS):
+                now = read_file(folder / FILE_NAME)
+                theirs = {key: now.kernels[key] for key in lost & now.kernels.keys()}
+                found |= kernel_pack.intact(folder, now.packs.get(kind), theirs)[0]
+                lost = theirs.keys() - found.keys()
+        if lost:
+            _warn(
+                f"{folder / (file or kernel_pack.FOLDER)} {fault}; {len(lost)} kernels are not used, but the next"
+                " candidates. Restore the file, or tune again"
+            )
+        return {key: found.get(key) for key in ours}
 
     @classmethod
     def load(cls, folder: Path) -> DispatchTable | None:
@@ -179,33 +188,28 @@ class DispatchTable:
 
     def text(self) -> str:
         """The file's text: equal tables give equal bytes."""
-        return file_text(Parsed(self.gpu, self.protocol, self.runs, self.kernels, self.rows))
+        packs = kernel_pack.names(self.kernels)
+        return file_text(Parsed(self.gpu, self.protocol, self.runs, packs, self.kernels, self.rows))
 
     def write(
         self, folder: Path, artifacts: Iterable[Artifact] = (), sources: Sequence[Path] = ()
     ) -> DispatchTable:
-        """Write table and cubins, and delete cubins that the table does not name. Returns the table as it lies there.
+        """Write table and kernels, and delete kernels that it does not name. Returns the table as it lies there.
 
         A kernel without an artifact must lie in ``folder``, or in one of the tables' folders ``sources``; a ValueError
-        names one that does not. Readers see each file as it was or as it is now. A kill between a rebuilt kernel and
-        the table leaves that kernel to no row, with a warning, until it is written again.
+        names one that does not. Readers see the table and its kernels as they were or as they are now, a kill likewise.
         """
-        cubins = {artifact.spec.key: artifact.cubin for artifact in artifacts}
-        (folder / "kernels").mkdir(parents=True, exist_ok=True)
-        for key, kernel in self.kernels.items():
-            there = folder / kernel.file
-            made = [cubins[key]] if key in cubins else []
-            places = [*made, there, *(source / kernel.file for source in sources)]
-            good = next((place for place in places if fault_of(place, kernel) is None), None)
-            if good is None:
-                raise ValueError(f"{places[0]} is not the kernel that the table names; compile {key} again")
-            if good != there:
-                whole_files.write(there, whole_files.read(good, MAX_CUBIN_BYTES))
+        made = {artifact.spec.key: artifact.cubin for artifact in artifacts}
+        packs = kernel_pack.names(self.kernels)
+        (folder / kernel_pack.FOLDER).mkdir(parents=True, exist_ok=True)
+        for kind, wanted in kernel_pack.by_kind(self.kernels).items():
+            if len(kernel_pack.intact(folder, packs[kind], wanted)[0]) < len(wanted):
+                cubins = kernel_pack.collect(kind, wanted, made, {place: _packs(place) for place in (folder, *sources)})
+                whole_files.write(folder / packs[kind], kernel_pack.pack(cubins))
         whole_files.write(folder / FILE_NAME, self.text().encode())
-        for stray in (folder / "kernels").glob("*.cubin"):
-            if stray.stem not in self.kernels:
-                stray.unlink(missing_ok=True)
-        return replace(self, folder=folder, _checked={})
+        for stray in kernel_pack.files(folder) - {folder / file for file in packs.values()}:
+            stray.unlink(missing_ok=True)
+        return replace(self, folder=folder, packs=packs, _judged={})
 
 
 def parse(data: Any, folder: Path | None = None) -> tuple[DispatchTable | None, list[str]]:
@@ -218,28 +222,16 @@ def parse(data: Any, folder: Path | None = None) -> tuple[DispatchTable | None, 
 
 
 def _of(found: Parsed, folder: Path | None) -> DispatchTable:
-    return DispatchTable(found.gpu, _sorted(found.rows), found.kernels, tuple(found.runs), found.protocol, folder)
+    rows, runs = _sorted(found.rows), tuple(found.runs)
+    return DispatchTable(found.gpu, rows, found.kernels, runs, found.protocol, folder, found.packs)
 
 
-def fault_of(path: Path, kernel: KernelFile) -> str | None:
-    """What is wrong with the cubin at ``path``, as the end of a sentence; None when it is the table's."""
+def _packs(folder: Path) -> Mapping[str, str]:
+    """The files of kernels that the table there names; none where it cannot be read."""
     try:
-        content = whole_files.read(path, MAX_CUBIN_BYTES)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    except ValueError:
-        return "is not a cubin"
-    if hashlib.sha256(content).hexdigest() != kernel.sha256:
-        return "is not the file that its table names (sha256 differs)"
-    return None
-
-
-def _kernels_now(folder: Path) -> Mapping[str, KernelFile] | None:
-    """The kernels of the table that lies there now; None when that cannot be read."""
-    try:
-        return read_file(folder / FILE_NAME).kernels
+        return read_file(folder / FILE_NAME).packs
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _sorted(rows: Iterable[TableRow]) -> tuple[TableRow, ...]:

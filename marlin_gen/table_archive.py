@@ -1,4 +1,4 @@
-"""Tables in one file: a zip archive of ``<gpu.slug>/table.json`` and ``<gpu.slug>/kernels/*.cubin``.
+"""Tables in one file: a zip archive of ``<gpu.slug>/table.json`` and the files of its kernels beside it.
 
 Equal tables give equal bytes. A reader takes no name but of these two forms, no more of anything than the bounds below,
 and lets the tables' own hashes judge the content.
@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from marlin_gen import whole_files
+from marlin_gen import kernel_pack, whole_files
 from marlin_gen.dispatch import tables_below
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
-from marlin_gen.table_file import MAX_CUBIN_BYTES, MAX_TABLE_BYTES
+from marlin_gen.table_file import MAX_TABLE_BYTES
 
 SUFFIX = ".zip"
 MAX_FILES = 16384
 MAX_BYTES = 512 << 20  # of the archive, and of what is in it
 
-_NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,80})/(table\.json|kernels/[a-z0-9_-]{1,160}\.cubin)", re.ASCII)
+_NAME = re.compile(r"([a-z0-9][a-z0-9-]{0,80})/(table\.json|kernels/[a-z0-9_-]{1,160}\.tar\.xz)", re.ASCII)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the least that a zip can say
 # What zipfile raises for damaged archives, beside ValueError and OSError.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, IndexError)
@@ -43,19 +43,23 @@ def write_archive(path: Path, tables: Sequence[DispatchTable]) -> int:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for table in sorted(tables, key=lambda table: table.gpu.slug):
             archive.writestr(_entry(f"{table.gpu.slug}/{FILE_NAME}"), table.text())
-            for key, kernel in sorted(table.kernels.items()):
-                cubin = table.cubin(key)
-                if cubin is None:
-                    raise ValueError(f"the table of {table.gpu.slug} has no intact {kernel.file}; tune again")
-                archive.writestr(_entry(f"{table.gpu.slug}/{kernel.file}"), cubin.read_bytes())
+            for kind, file in kernel_pack.names(table.kernels).items():
+                cubins = {key: table.cubin(key) for key in kernel_pack.by_kind(table.kernels)[kind]}
+                if lost := [key for key, cubin in cubins.items() if cubin is None]:
+                    raise ValueError(f"the table of {table.gpu.slug} has no intact {lost[0]}; tune again")
+                if table.folder and table.packs.get(kind) == file:  # packing takes seconds
+                    content = whole_files.read(table.folder / file, kernel_pack.MAX_BYTES)
+                else:
+                    content = kernel_pack.pack({key: cubin for key, cubin in cubins.items() if cubin is not None})
+                archive.writestr(_entry(f"{table.gpu.slug}/{file}", zipfile.ZIP_STORED), content)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole_files.write(path, buffer.getvalue())
     return len(buffer.getvalue())
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
+def _entry(name: str, compress_type: int = zipfile.ZIP_DEFLATED) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, _DATE)
-    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.compress_type = compress_type
     entry.external_attr = 0o644 << 16
     return entry
 
@@ -104,7 +108,7 @@ def _unpack(path: Path, folder: Path) -> None:
             left = MAX_BYTES
             for entry in entries:
                 # What a header says of a size is not believed: reading stops at the bound.
-                bound = min(MAX_CUBIN_BYTES if entry.filename.endswith(".cubin") else MAX_TABLE_BYTES, left)
+                bound = min(MAX_TABLE_BYTES if entry.filename.endswith(FILE_NAME) else kernel_pack.MAX_BYTES, left)
                 with archive.open(entry) as stream:
                     content = stream.read(bound + 1)
                 if len(content) > bound:

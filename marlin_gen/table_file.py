@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marlin_gen import whole_files
+from marlin_gen import kernel_pack, whole_files
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelSpec
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.formats import LAYOUT_VERSION
-from marlin_gen.table_row import FieldError, KernelFile, TableRow, size, take
+from marlin_gen.table_row import FieldError, KernelEntry, TableRow, size, take
 
-SCHEMA = 3  # earlier ones had no seal, and kernels that took other arguments
+SCHEMA = 4  # earlier ones had a file for each kernel, and before no seal
 FILE_NAME = "table.json"
 MAX_TABLE_BYTES = 64 << 20  # 80000 rows
-MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
 
 _SEAL = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",\n')
 
@@ -36,7 +35,8 @@ class Parsed:
     gpu: Gpu
     protocol: str
     runs: Sequence[dict[str, Any]]
-    kernels: Mapping[str, KernelFile]
+    packs: Mapping[str, str]  # by kind the file of its kernels, relative to the table's folder
+    kernels: Mapping[str, KernelEntry]
     rows: Sequence[TableRow]
     faults: Sequence[str] = field(default=(), compare=False)
 
@@ -47,16 +47,20 @@ class Parsed:
             check_versions(data)
             gpu = _gpu(take(data, "gpu", dict))
             protocol, runs = take(data, "protocol", str), take(data, "runs", list)
-            kernel_data, row_data = take(data, "kernels", dict), take(data, "rows", list)
+            packs, kernel_data = take(data, "packs", dict), take(data, "kernels", dict)
+            row_data = take(data, "rows", list)
             if not all(isinstance(run, dict) for run in runs):
                 raise FieldError("runs has an entry that is not an object")
+            for kind, file in packs.items():
+                if not isinstance(file, str) or not kernel_pack.is_name(kind, file):
+                    raise FieldError(f"packs: {file!r:.120} is not the file of a kind {kind!r:.80}")
         except (TypeError, KeyError) as error:
             raise FieldError(str(error)) from None
         faults: list[str] = []
-        kernels: dict[str, KernelFile] = {}
+        kernels: dict[str, KernelEntry] = {}
         for key, entry in kernel_data.items():
             try:
-                kernels[key] = KernelFile.from_json(key, entry)
+                kernels[key] = KernelEntry.from_json(key, entry)
                 if (arch := KernelSpec.from_key(key).arch) != gpu.arch.name:
                     del kernels[key]
                     raise FieldError(f"is for {arch}, this GPU runs {gpu.arch.name}")
@@ -68,7 +72,7 @@ class Parsed:
                 rows.append(TableRow.from_json(entry))
             except ValueError as error:
                 faults.append(f"row {number}: {error}")
-        return cls(gpu, protocol, runs, kernels, rows, faults)
+        return cls(gpu, protocol, runs, packs, kernels, rows, faults)
 
 
 def check_versions(data: Any) -> None:
@@ -134,9 +138,11 @@ def file_text(table: Parsed) -> str:
     }  # fmt: skip
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     runs = [f"  {json.dumps(run, sort_keys=True)}" for run in table.runs]
+    packs = [f"  {json.dumps(kind)}: {json.dumps(file)}" for kind, file in sorted(table.packs.items())]
     kernels = [f"  {json.dumps(key)}: {json.dumps(vars(kernel))}" for key, kernel in sorted(table.kernels.items())]
     rows = [f"  {json.dumps(row.to_json())}" for row in table.rows]
-    for name, marks, entries in (("runs", "[]", runs), ("kernels", "{}", kernels), ("rows", "[]", rows)):
+    parts = (("runs", "[]", runs), ("packs", "{}", packs), ("kernels", "{}", kernels), ("rows", "[]", rows))
+    for name, marks, entries in parts:
         comma = "" if name == "rows" else ","
         lines += [f' "{name}": {marks[0]}', ",\n".join(entries), f" {marks[1]}{comma}"]
     return seal("\n".join([*lines, "}", ""]))

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from marlin_gen import whole_files
+from marlin_gen import kernel_pack, whole_files
 from marlin_gen.measurement import Artifact
-from marlin_gen.table import FILE_NAME, DispatchTable, fault_of
+from marlin_gen.table import FILE_NAME, DispatchTable
 
 
 def publish(
@@ -34,12 +34,11 @@ def publish(
         _sweep(folder)
         sources = [table.folder] if table.folder else []
         if old:
-            damaged = {k for k, v in old.kernels.items() if fault_of(folder / v.file, v) is not None}
-            table = old.merged(table, prefer, damaged)
+            table = old.merged(table, prefer, damaged=old.kernels.keys() - old.intact().kernels.keys())
         return table.write(folder, artifacts, sources)
 
 
 def _sweep(folder: Path) -> None:
     """Remove what a writer that was killed left half written. Under the lock: there is no other writer now."""
-    for left_over in (*folder.glob(f".{FILE_NAME}.*"), *(folder / "kernels").glob(".*.cubin.*")):
+    for left_over in (*folder.glob(f".{FILE_NAME}.*"), *(folder / kernel_pack.FOLDER).glob(".*.*")):
         left_over.unlink(missing_ok=True)

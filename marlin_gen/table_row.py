@@ -54,38 +54,34 @@ def check_form(kind: str, value: str) -> None:
 
 
 @dataclass(frozen=True)
-class KernelFile:
-    """A compiled kernel as a table names it."""
+class KernelEntry:
+    """A compiled kernel as a table names it; the cubin lies in the file of its kind (``kernel_pack``)."""
 
-    file: str  # relative to the table's folder: kernels/<spec key>.cubin
     sha256: str  # of the cubin, hex
     symbol: str
     registers: int  # per thread
     smem_bytes: int  # dynamic shared memory per block
 
     @classmethod
-    def of(cls, artifact: Artifact) -> KernelFile:
+    def of(cls, artifact: Artifact) -> KernelEntry:
         spec = artifact.spec
         smem_bytes = FAMILIES.of(spec.config).smem_bytes(spec.config, spec.format_row)
         sha256 = hashlib.sha256(artifact.cubin.read_bytes()).hexdigest()
-        return cls(_file_of(spec.key), sha256, artifact.symbol, artifact.registers, smem_bytes)
+        return cls(sha256, artifact.symbol, artifact.registers, smem_bytes)
 
-    def artifact(self, spec: KernelSpec, cubin: Path, scratch: Path) -> Artifact:
-        """As a measurer takes it: a link below ``scratch`` to ``cubin``, the file that this entry is of."""
+    def artifact(self, spec: KernelSpec, cubin: bytes, scratch: Path) -> Artifact:
+        """As a measurer takes it: a file below ``scratch`` with ``cubin``, which this entry is of."""
         folder = scratch / spec.key
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "kernel.cubin").symlink_to(cubin.resolve())
+        folder.mkdir(exist_ok=True)
+        (folder / "kernel.cubin").write_bytes(cubin)
         return Artifact(spec, self.symbol, folder, self.registers, spill_bytes=0, static_smem_bytes=0)
 
     @classmethod
-    def from_json(cls, key: str, data: Any) -> KernelFile:
+    def from_json(cls, key: str, data: Any) -> KernelEntry:
         """The kernel of spec ``key``; a ValueError names the first fault."""
         if KernelSpec.from_key(key).key != key:  # as with m08 for m8
             raise FieldError(f"{key!r} is not written as {KernelSpec.from_key(key).key!r}")
-        if take(data, "file", str) != _file_of(key):
-            raise FieldError(f"file={data['file']!r} is not {_file_of(key)!r}")
-        names = (take(data, "file", str), take(data, "sha256", str), take(data, "symbol", str))
+        names = (take(data, "sha256", str), take(data, "symbol", str))
         for name in ("sha256", "symbol"):
             check_form(name, data[name])
         return cls(*names, size(data, "registers"), size(data, "smem_bytes"))
@@ -163,10 +159,6 @@ class TableRow:
             _plan_from_json(take(data, "default_plan", dict)) if data.get("default_plan") is not None else None,
             default_us, cublas_us, read_floor_us,
         )  # fmt: skip
-
-
-def _file_of(key: str) -> str:
-    return f"kernels/{key}.cubin"
 
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:

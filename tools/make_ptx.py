@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from marlin_gen import env
+from marlin_gen import env, xz
 from marlin_gen.arch import ARCHS, PTX_ARCH
 from marlin_gen.compile import CompileFailure, compile_all
 from marlin_gen.config import KernelSpec
 from marlin_gen.families.mma import MMA
 from marlin_gen.formats import DTYPES, FORMATS, WeightFormat
 from marlin_gen.render import render, source_digest
-from marlin_gen.shipped_ptx import PtxKernel, ShippedPtx, file_text, pack, unpack
+from marlin_gen.shipped_ptx import MAX_UNPACKED, PtxKernel, ShippedPtx, file_text
 from marlin_gen.toolchain import Toolchain, find_toolchain
 
 PLAIN = ("gather",)  # kernels that are no product
@@ -75,9 +75,9 @@ def compiled(name: str, toolchain: Toolchain) -> dict[str, PtxKernel]:
 def write(shipped: ShippedPtx, name: str, kernels: Mapping[str, PtxKernel], toolchain: Toolchain) -> bool:
     """Write a file unless it holds this already; whether it was written."""
     path, text = shipped.path(name), file_text(kernels, f"{toolchain.name} {toolchain.version}").encode()
-    if path.exists() and unpack(path.read_bytes()) == text:
+    if path.exists() and xz.unpack(path.read_bytes(), MAX_UNPACKED) == text:
         return False
-    path.write_bytes(pack(text))
+    path.write_bytes(xz.pack(text))
     return True
 
 

@@ -29,7 +29,7 @@ from marlin_gen.measurement import Artifact  # noqa: E402
 from marlin_gen.render import render  # noqa: E402
 from marlin_gen.table import DispatchTable  # noqa: E402
 from marlin_gen.table_file import FILE_NAME, check_seal, check_versions  # noqa: E402
-from marlin_gen.table_row import KernelFile, TableRow, defaults_beside, named_kernels  # noqa: E402
+from marlin_gen.table_row import KernelEntry, TableRow, defaults_beside, named_kernels  # noqa: E402
 
 
 def compiled(specs: list[KernelSpec]) -> list[Artifact]:
@@ -57,11 +57,11 @@ def main() -> None:
         raise SystemExit(f"{path}: {error}") from None
     gpu, rows = Gpu.from_json(data["gpu"]), [TableRow.from_json(row) for row in data["rows"]]
     defaults, named = defaults_beside(gpu, rows), named_kernels(gpu, rows)
-    there = {key: KernelFile.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
+    there = {key: KernelEntry.from_json(key, entry) for key, entry in data["kernels"].items() if key in named}
     missing = [spec for spec in defaults if spec.key not in there]
     chosen = missing if options.defaults else [*map(KernelSpec.from_key, there), *missing]
     artifacts = compiled([spec for spec in chosen if options.format in (None, spec.weight_format)])
-    kernels = there | {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
+    kernels = there | {artifact.spec.key: KernelEntry.of(artifact) for artifact in artifacts}
     table = DispatchTable(gpu, tuple(rows), kernels, tuple(data["runs"]), data["protocol"])
     with whole_files.locked(options.table):
         if path.read_bytes() != content:

@@ -123,13 +123,13 @@ class Buffer:
             call("cuMemFree", self.handle)
 
 
-def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
+def run(spec: KernelSpec, cubin: bytes, symbol: str, num_sms: int) -> float:
     """Load and launch a kernel on its case: the relative error. LaunchError when the driver refuses."""
     case = Case.of(spec)
     config, p = spec.config, case.problem
     family = FAMILIES.of(config)
     threads, smem = family.threads(config), family.smem_bytes(config, spec.format_row)
-    function = driver.load(cubin, symbol, smem)
+    function = driver.load_image(cubin, symbol, smem)
     resident = driver.resident_clusters(function, threads, smem, config.cluster_size, num_sms)
     shape = family.launch_shape(case.plan, p, num_sms, min(resident, case.max_clusters))
     print(f"case {spec.key} symbol={symbol} n={p.n} k={p.k} m={p.m} grid={shape.grid}", flush=True)
@@ -168,9 +168,9 @@ def run(spec: KernelSpec, cubin: Path, symbol: str, num_sms: int) -> float:
     return float((c - given.reference).norm() / given.reference.norm())
 
 
-def shipped(tables: list[DispatchTable], capability: tuple[int, int]) -> dict[str, tuple[Path, str]]:
+def shipped(tables: list[DispatchTable], capability: tuple[int, int]) -> dict[str, tuple[bytes, str]]:
     """Cubin and symbol by spec key of every intact kernel in tables for GPUs of this compute capability."""
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, tuple[bytes, str]] = {}
     for table in tables:
         for key, kernel in table.kernels.items():
             if table.gpu.capability == capability and key not in found and (cubin := table.cubin(key)):

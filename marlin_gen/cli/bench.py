@@ -110,7 +110,8 @@ def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Pat
         elif choice.spec not in found:
             shipped = (table.intact_kernel(choice.spec.key) for table in dispatcher.tables)
             kernel = next(kernel for kernel in shipped if kernel)  # as ``locate`` found it
-            found[choice.spec] = kernel.artifact(choice.spec, choice.kernel.cubin, scratch)
+            assert choice.kernel.image
+            found[choice.spec] = kernel.artifact(choice.spec, choice.kernel.image, scratch)
     for spec, result in compile_all([render(spec) for spec in missing]).items() if missing else ():
         if isinstance(result, CompileFailure):
             raise ValueError(f"{spec.key} does not compile: {result.reason}")

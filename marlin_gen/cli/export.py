@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_gen import subset
+from marlin_gen import kernel_pack, subset
 from marlin_gen.cli import arguments, study
 from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import note, out, print_json, table
@@ -23,7 +23,7 @@ from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection
 from marlin_gen.table import FILE_NAME, DispatchTable
 from marlin_gen.table_archive import SUFFIX, write_archive
-from marlin_gen.table_row import KernelFile, defaults_beside
+from marlin_gen.table_row import KernelEntry, defaults_beside
 
 COMPILE_HELP = "Choose from recorded kernels that the table lacks too; compile them. Only of today's templates."
 
@@ -35,7 +35,7 @@ class Point:
     regret: float  # allowed
     kernels: int
     least: int  # no set of fewer kernels has that regret
-    bytes: int  # of the cubins; those that are not compiled yet count as much as the mean
+    bytes: int  # of the cubins, as the driver takes them; those that are not compiled yet count as much as the mean
     worst_regret: float
     mean_regret: float
 
@@ -80,6 +80,7 @@ def export(
         place = Path(scratch) / found.gpu.slug if to.suffix == SUFFIX else target
         written = made.write(place, artifacts, [whole.folder] if whole.folder else [])
         sizes = {**_sizes(whole), **_sizes(written)}
+        packed = sum(path.stat().st_size for path in kernel_pack.files(place))
         if to.suffix == SUFFIX:
             write_archive(to, [written])
     curve = [_point(subset.select(options, at, keep), sizes) for at in sorted({*subset.CURVE, limit})]
@@ -87,14 +88,15 @@ def export(
     if json:
         print_json({
             "gpu": found.gpu.to_json(), "out": str(target), "rows": len(chosen.rows), "defaults_kept": len(keep),
-            **asdict(point), "curve": [asdict(at) for at in curve],
+            **asdict(point), "packed_bytes": packed, "curve": [asdict(at) for at in curve],
         })  # fmt: skip
         return
     columns = ("allowed regret", ">kernels", ">at least", ">KB", ">worst row", ">mean")
     out.print(table(f"{found.gpu.name}, {len(chosen.rows)} rows", columns, (_line(at, limit) for at in curve)))
     kept = f", {len(keep)} of them kept as defaults" if keep else ""
-    note(f"{point.kernels} kernels{kept}, {point.bytes / 1e3:.0f} KB, instead of {len(whole.kernels)},"
-         f" {sum(_sizes(whole).values()) / 1e3:.0f} KB; written to {target}")  # fmt: skip
+    before = f"{len(whole.kernels)}, {sum(_sizes(whole).values()) / 1e3:.0f} KB"
+    note(f"{point.kernels} kernels{kept}, {point.bytes / 1e3:.0f} KB, instead of {before}; written to {target}, packed"
+         f" to {packed / 1e3:.0f} KB")  # fmt: skip
 
 
 def _only(whole: DispatchTable, formats: str | None, dtypes: str | None) -> DispatchTable:
@@ -159,7 +161,7 @@ def _compiled(keys: Sequence[str]) -> list[Artifact]:
 
 def _table(whole: DispatchTable, chosen: Selection, artifacts: Sequence[Artifact]) -> DispatchTable:
     """The exported table; its last run says what was allowed."""
-    fresh = {artifact.spec.key: KernelFile.of(artifact) for artifact in artifacts}
+    fresh = {artifact.spec.key: KernelEntry.of(artifact) for artifact in artifacts}
     kernels = {key: fresh.get(key) or whole.kernels[key] for key in chosen.kernels}
     date = datetime.now(timezone.utc).date().isoformat()
     run = {"date": date, "export": {"regret": chosen.limit, "worst_regret": round(chosen.worst, 4)}}
@@ -168,8 +170,7 @@ def _table(whole: DispatchTable, chosen: Selection, artifacts: Sequence[Artifact
 
 def _sizes(found: DispatchTable) -> dict[str, int]:
     """Bytes of each cubin."""
-    assert found.folder
-    return {key: (found.folder / kernel.file).stat().st_size for key, kernel in found.kernels.items()}
+    return {key: len(found.cubin(key) or b"") for key in found.kernels}
 
 
 def _point(chosen: Selection, sizes: Mapping[str, int]) -> Point:

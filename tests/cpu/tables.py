@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from marlin_gen import kernel_pack
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.measurement import Artifact
@@ -37,6 +38,19 @@ def artifact(folder: Path, plan: Plan, content: bytes = b"", arch: str = "sm_90a
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "kernel.cubin").write_bytes(content or spec.key.encode())
     return Artifact(spec, f"symbol_of_{plan.config.family}", directory, 128, 0, 0)
+
+
+def pack_of(found: DispatchTable, key: str) -> Path:
+    """The file that the table names for this kernel and others of its kind."""
+    assert found.folder
+    return found.folder / found.packs[kernel_pack.kind_of(key)]
+
+
+def damage(found: DispatchTable, key: str, content: bytes | None = b"damaged") -> None:
+    """Put another cubin in the place of one, or none; the others of its file stay."""
+    path = pack_of(found, key)
+    cubins = {**kernel_pack.read(path), key: content}
+    path.write_bytes(kernel_pack.pack({k: v for k, v in cubins.items() if v is not None}))
 
 
 def table(folder: Path, rows: list[TableRow], gpu: Gpu = H100, date: str = "2026-01-01") -> DispatchTable:

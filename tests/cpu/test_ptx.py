@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from load_tool import load_tool
 
-from marlin_gen import driver, toolchain
+from marlin_gen import driver, toolchain, xz
 from marlin_gen.arch import ARCHS, PTX_ARCH, Gpu, arch_for
 from marlin_gen.config import KernelSpec
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.defaults import ptx_plan
 from marlin_gen.formats import DTYPES, FORMATS
 from marlin_gen.problem import Problem
-from marlin_gen.shipped_ptx import PtxKernel, PtxWarning, ShippedPtx, file_text, pack, parse, shipped_ptx, unpack
+from marlin_gen.shipped_ptx import MAX_UNPACKED, PtxKernel, PtxWarning, ShippedPtx, file_text, parse, shipped_ptx
 from marlin_gen.table_file import seal
 
 MAX_TOTAL_BYTES = 1 << 20  # of all files: what a wheel may carry of them
@@ -34,7 +34,7 @@ make_ptx = load_tool("make_ptx")
 
 
 def content(name: str) -> bytes:
-    return unpack(shipped_ptx().path(name).read_bytes())
+    return xz.unpack(shipped_ptx().path(name).read_bytes(), MAX_UNPACKED)
 
 
 # What ships.
@@ -170,7 +170,7 @@ def attempt(path: Path) -> list[str]:
 @pytest.fixture
 def written(tmp_path) -> Path:
     path = tmp_path / "x.json.xz"
-    path.write_bytes(pack(file_text(EXAMPLE, "nvrtc 1").encode()))
+    path.write_bytes(xz.pack(file_text(EXAMPLE, "nvrtc 1").encode()))
     assert attempt(path) == []
     return path
 
@@ -178,7 +178,7 @@ def written(tmp_path) -> Path:
 def test_one_bit_anywhere_is_a_miss_with_one_warning(written):
     packed, generator = written.read_bytes(), random.Random(0)
     text = file_text(EXAMPLE, "nvrtc 1").encode()
-    for whole, wrap in ((packed, bytes), (text, pack)):
+    for whole, wrap in ((packed, bytes), (text, xz.pack)):
         for at in range(len(whole)):
             damaged = whole[:at] + bytes([whole[at] ^ 1 << generator.randrange(8)]) + whole[at + 1 :]
             written.write_bytes(wrap(damaged))
@@ -197,7 +197,7 @@ def test_a_file_cut_short_or_with_more_behind_is_a_miss(written):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=300), is_packed=st.booleans())
 def test_any_bytes_are_no_file(written, data, is_packed):
-    written.write_bytes(pack(data) if is_packed else data)
+    written.write_bytes(xz.pack(data) if is_packed else data)
     assert len(attempt(written)) == 1
 
 
@@ -213,7 +213,7 @@ def test_any_value_in_a_sealed_file_is_harmless(written, data):
     places += [(value["kernels"], key) for key in EXAMPLE]
     where, name = data.draw(st.sampled_from(places))
     where[name] = data.draw(ODD)
-    written.write_bytes(pack(seal(json.dumps(value)[1:]).encode()))
+    written.write_bytes(xz.pack(seal(json.dumps(value)[1:]).encode()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kernel in ShippedPtx(written.parent).kernels("x").values():
@@ -225,7 +225,7 @@ def test_another_version_is_named(written, field):
     value = json.loads(file_text(EXAMPLE, "nvrtc 1"))
     del value["sha256"]
     value[field] += 1
-    written.write_bytes(pack(seal(json.dumps(value)[1:]).encode()))
+    written.write_bytes(xz.pack(seal(json.dumps(value)[1:]).encode()))
     (said,) = attempt(written)
     assert f"{field}={value[field]} is not {value[field] - 1}" in said and "Restore the file" in said
 
@@ -259,7 +259,7 @@ def test_the_driver_gets_the_text_that_was_hashed_and_its_end(monkeypatch):
     monkeypatch.setattr(driver, "call", call)
     monkeypatch.setattr(driver, "_driver", lambda: type("D", (), {"CUfunction_attribute": ATTRIBUTES}))
     kernel = next(iter(shipped_ptx().kernels("u4b8g128").values()))
-    driver.load(Path("nowhere"), kernel.symbol, 0, ptx=kernel.text)
+    driver.load_image(kernel.text.encode(), kernel.symbol, 0)
     assert images == [kernel.text.encode() + b"\0"]
 
 

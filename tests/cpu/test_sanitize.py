@@ -152,7 +152,7 @@ class HostDriver:
         self.spec = spec
         self.dependent: list[int] = []  # of each launch
         monkeypatch.setattr(sanitize_case, "call", self.call)
-        monkeypatch.setattr(driver, "load", lambda cubin, symbol, smem_bytes: driver.Function(None, None))
+        monkeypatch.setattr(driver, "load_image", lambda image, symbol, smem_bytes: driver.Function(None, None))
         monkeypatch.setattr(driver, "resident_clusters", lambda *arguments: 132)
         monkeypatch.setattr(driver, "tensor_map", lambda pointer, rows, columns, box: (pointer, rows, columns, box))
         monkeypatch.setattr(driver, "launch", self.launch)
@@ -199,6 +199,6 @@ def test_dry_run(key, numbers, monkeypatch, capsys):
     pytest.importorskip("cuda.bindings.driver")
     spec = KernelSpec.from_key(f"{key}-{numbers}-sm_90a")
     host = HostDriver(monkeypatch, spec)
-    assert sanitize_case.run(spec, Path("none.cubin"), "kernel", 132) < 4e-3
+    assert sanitize_case.run(spec, b"none", "kernel", 132) < 4e-3
     assert not host.memory and host.dependent == [0, 1]
     assert capsys.readouterr().out.startswith(f"case {spec.key} symbol=kernel n=")

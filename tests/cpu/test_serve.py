@@ -36,11 +36,11 @@ class Loader:
         self.refuse, self.error = refuse, "CUDA_ERROR_INVALID_IMAGE"
         self.loaded: list[Path] = []
 
-    def load(self, cubin: Path, symbol: str, spec: KernelSpec, sha256: str | None, ptx: str | None) -> tuple[Path, str]:
+    def load(self, file: Path, symbol: str, spec: KernelSpec, image: bytes | None) -> tuple[Path, str]:
         if self.refuse in spec.key:
             raise LaunchError(f"cuModuleLoadData: {self.error}")
-        self.loaded.append(cubin)
-        return cubin, symbol
+        self.loaded.append(file)
+        return file, symbol
 
 
 def server(
@@ -78,7 +78,7 @@ def test_a_prebuilt_kernel_is_loaded_once(tmp_path):
 
 def test_a_damaged_cubin_costs_one_warning_and_the_next_candidate_serves(tmp_path, no_compiler):
     table = tables.table(tmp_path, ROWS)
-    (table.folder / table.kernels[ROWS[0].specs(H100)[0].key].file).write_bytes(b"damaged")
+    tables.damage(table, ROWS[0].specs(H100)[0].key)
     made, _ = server([DispatchTable.load(table.folder)])
     with pytest.warns(UserWarning) as caught:
         assert made.choice(PROBLEM).plan == wgmma(16)
@@ -155,7 +155,7 @@ def test_without_table_and_compiler_shipped_ptx_serves_any_gpu(no_compiler, name
         warnings.simplefilter("always")
         choice = made.choice(Problem(4096, 4096, m))
         made.choice(Problem(4096, 4096, m + 1))
-    assert choice.spec.arch == "compute_80" and ".target sm_80" in choice.kernel.ptx
+    assert choice.spec.arch == "compute_80" and b".target sm_80" in choice.kernel.image
     assert all(path.name == "u4b8g128.json.xz" for path in loader.loaded)
     said = [str(warning.message) for warning in caught]
     if GPUS[name].arch.is_ptx:  # its defaults are those kernels: nothing was to be compiled

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
+import tarfile
 import warnings
 from dataclasses import replace
 from multiprocessing import get_context
@@ -13,7 +16,7 @@ import pytest
 import tables
 from tables import H100, H200, mma, row, wgmma
 
-from marlin_gen import whole_files
+from marlin_gen import kernel_pack, whole_files, xz
 from marlin_gen.config import Plan
 from marlin_gen.families.base import LAUNCH_VERSION
 from marlin_gen.families.defaults import default_specs
@@ -66,7 +69,7 @@ def test_round_trip(written):
     assert [r.problem for r in found.rows] == [Problem(4096, 4096, 1), Problem(4096, 4096, 16), Problem(4096, 14336, 1)]
     assert found.text() == written.text()
     for key in found.kernels:
-        assert found.cubin(key).read_bytes() == key.encode()
+        assert found.cubin(key) == key.encode()
 
 
 def test_file_is_reviewable(written):
@@ -94,8 +97,8 @@ def test_a_file_that_is_no_table_is_a_miss(written, text):
 
 
 HEADS = {
-    "schema": (lambda d: d.update(schema=99), "schema=99 is not 3; it was written by another version"),
-    "earlier schema": (lambda d: d.update(schema=2), "schema=2 is not 3"),
+    "schema": (lambda d: d.update(schema=99), "schema=99 is not 4; it was written by another version"),
+    "earlier schema": (lambda d: d.update(schema=3), "schema=3 is not 4"),
     "launch": (lambda d: d.update(launch_version=1), f"launch_version=1 is not {LAUNCH_VERSION}"),
     "layout": (lambda d: d.update(layout_version=1), "layout_version=1 is not 3"),
     "gpu field": (lambda d: d["gpu"].pop("num_sms"), "num_sms is missing"),
@@ -152,28 +155,70 @@ def test_many_faults_are_one_warning(written):
     assert found.rows == () and set(found.kernels) == set(written.kernels)
 
 
-def test_a_kernel_file_cannot_point_elsewhere(written):
-    key = next(iter(written.kernels))
-    edit(written.folder, lambda d: d["kernels"][key].update(file="../../secret.cubin"))
-    assert key not in load_damaged(written.folder, "secret").kernels
+@pytest.mark.parametrize("file", ["../../secret.tar.xz", "kernels/u4b8g64-f16-0123456789ab.tar.xz", "kernels/x", 1])
+def test_a_file_of_kernels_cannot_point_elsewhere(written, file):
+    edit(written.folder, lambda d: d["packs"].update({"u4b8g128-f16": file}))
+    assert load_damaged(written.folder, "is not the file of a kind 'u4b8g128-f16'") is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_cubin_is_a_miss_with_one_warning(written, damage):
+@pytest.mark.parametrize("harm", ["flip", "truncate", "leave out"])
+def test_a_damaged_cubin_is_a_miss_with_one_warning(written, harm):
+    """In a file that is whole: who writes one can pack anything."""
     key = mma_key(written)
-    path = written.folder / written.kernels[key].file
-    if damage == "delete":
-        path.unlink()
-    else:
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + (b"?" if damage == "flip" else b""))
+    content = written.cubin(key)
+    tables.damage(written, key, {"flip": content[:-1] + b"?", "truncate": content[:-1], "leave out": None}[harm])
     found = load(written.folder)
-    with pytest.warns(TableWarning, match=r"using the next candidate") as caught:
+    with pytest.warns(TableWarning, match=r"1 kernels are not used, but the next candidates") as caught:
         assert found.cubin(key) is None
         assert found.cubin(key) is None
     assert len(caught) == 1
     others = [found.cubin(other) for other in found.kernels if other != key]
     assert others and all(others)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "no archive", "not named"])
+def test_a_damaged_file_costs_the_kernels_of_its_kind_one_warning(written, harm):
+    path = tables.pack_of(written, mma_key(written))
+    content = path.read_bytes()
+    if harm == "delete":
+        path.unlink()
+    elif harm == "not named":
+        edit(written.folder, lambda d: d["packs"].clear())
+    else:
+        half = len(content) // 2
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        path.write_bytes({"flip": flipped, "truncate": content[:-1], "no archive": xz.pack(b"kernels" * 99)}[harm])
+    found = load(written.folder)
+    with pytest.warns(TableWarning, match=f"{len(found.kernels)} kernels are not used") as caught:
+        assert not any(map(found.cubin, found.kernels)) and found.intact().rows == ()
+    assert len(caught) == 1
+
+
+def test_what_else_lies_in_a_file_of_kernels_makes_it_none(written):
+    path = tables.pack_of(written, mma_key(written))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.REGTYPE):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            entry = tarfile.TarInfo("x.cubin" if kind != tarfile.REGTYPE else "../x.cubin")
+            entry.type, entry.linkname = kind, "/etc/hostname"
+            archive.addfile(entry)
+        path.write_bytes(xz.pack(buffer.getvalue()))
+        with pytest.raises(ValueError, match=r"x\.cubin' is not a kernel's"):
+            kernel_pack.read(path)
+
+
+def test_a_file_that_unpacks_to_too_much_is_not_unpacked(written, monkeypatch):
+    path = tables.pack_of(written, mma_key(written))
+    monkeypatch.setattr(kernel_pack, "MAX_UNPACKED", 16 << 20)
+    path.write_bytes(kernel_pack.pack({"x": bytes(17 << 20)}))
+    with pytest.raises(ValueError, match=r"unpacks to more than 16777216 bytes"):
+        kernel_pack.read(path)
+
+
+def test_without_lzma_kernels_are_a_miss(written, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.warns(TableWarning, match="lzma"):
+        assert not any(map(written.cubin, written.kernels))
 
 
 def mma_key(found: DispatchTable) -> str:
@@ -196,7 +241,7 @@ def test_publish_keeps_other_rows_and_prunes_unnamed_kernels(written, tmp_path):
     publish(written.folder, DispatchTable.build(H100, replaced, artifacts, {"date": "2026-03-03"}), artifacts)
     found = load(written.folder)
     assert set(found.kernels) == {artifacts[0].spec.key}
-    assert [path.stem for path in (written.folder / "kernels").iterdir()] == [artifacts[0].spec.key]
+    assert [*(written.folder / "kernels").iterdir()] == [tables.pack_of(found, artifacts[0].spec.key)]
 
 
 def test_publish_keeps_kernels_that_only_a_lookup_names(written, tmp_path):
@@ -212,7 +257,7 @@ def test_publish_replaces_a_recompiled_kernel_for_all_its_rows(written, tmp_path
     artifacts = [tables.artifact(tmp_path / "new", mma(), content=b"compiled again")]
     publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {}), artifacts)
     found = load(written.folder)
-    assert found.cubin(artifacts[0].spec.key).read_bytes() == b"compiled again"
+    assert found.cubin(artifacts[0].spec.key) == b"compiled again"
     assert len(found.rows) == 3
 
 
@@ -241,7 +286,7 @@ def test_no_time_is_stated_for_a_build_that_did_not_take_it(tmp_path, newer, pre
     found = publish(made[0].folder, made[1], prefer=prefer)
     assert {r.problem.m: r.us for r in found.rows} == times and found.intact() == found
     for r in found.rows:
-        own, default = (found.cubin(spec.key).read_bytes() for spec in r.specs(H100))
+        own, default = (found.cubin(spec.key) for spec in r.specs(H100))
         timed = b"old" if r.us == 10.0 else b"new"
         assert (own, default) == (timed, stays) and (r.default_us is not None) == (timed == stays)
 
@@ -253,8 +298,8 @@ def test_a_merge_repairs_a_kernel_that_was_lost(prefer, tmp_path):
         DispatchTable.build(H100, [row(4096, 4096, m, mma(32)) for m in tokens], artifacts, {}).write(folder, artifacts)
         for tokens, folder in (((1, 2, 3), tmp_path / "old"), ((4,), tmp_path / "new"))
     ]
-    for cubin in (made[0].folder / "kernels").iterdir():
-        cubin.unlink()
+    for file in (made[0].folder / "kernels").iterdir():
+        file.unlink()
     found = publish(made[0].folder, made[1], prefer=prefer)
     assert [r.problem.m for r in found.rows] == [1, 2, 3, 4] and found.intact() == found
 
@@ -321,7 +366,7 @@ def test_a_full_disk_leaves_the_old_table(written, tmp_path, monkeypatch):
     assert not [path for path in written.folder.rglob(".*") if path.name != ".lock"], "no temporary file stays"
 
 
-def test_a_kill_between_a_rebuilt_cubin_and_the_table_costs_that_kernel_alone(written, tmp_path, monkeypatch):
+def test_a_kill_between_rebuilt_kernels_and_the_table_costs_nothing(written, tmp_path, monkeypatch):
     artifacts = [tables.artifact(tmp_path / "new", mma(), content=b"compiled again")]
     newer = DispatchTable.build(H100, [row(4096, 4096, 1, mma())], artifacts, {})
     write = whole_files.write
@@ -335,11 +380,14 @@ def test_a_kill_between_a_rebuilt_cubin_and_the_table_costs_that_kernel_alone(wr
     with pytest.raises(KeyboardInterrupt):
         publish(written.folder, newer, artifacts)
     monkeypatch.undo()
-    found, lost = load(written.folder), artifacts[0].spec.key
-    with pytest.warns(TableWarning, match="using the next candidate"):
-        assert [key for key in found.kernels if found.cubin(key) is None] == [lost] and found == written
+    found, rebuilt = load(written.folder), artifacts[0].spec.key
+    assert found == written and found.intact() == found and found.cubin(rebuilt) == rebuilt.encode()
+    assert len(kernel_pack.files(written.folder)) == 2, "what the killed one wrote lies there, named by nobody"
     publish(written.folder, newer, artifacts)
-    assert load(written.folder).cubin(lost).read_bytes() == b"compiled again"
+    found = load(written.folder)
+    assert found.cubin(rebuilt) == b"compiled again" and kernel_pack.files(found.folder) == {
+        tables.pack_of(found, rebuilt)
+    }
 
 
 def _publish_one(folder: Path, tmp_path: Path, n: int) -> None:
@@ -391,7 +439,7 @@ def test_a_field_of_earlier_rows_is_passed_over():
 
 
 def test_shipped_tables_are_whole():
-    """Every table that ships parses without a fault; the cubins that it names are there, and no others."""
+    """Every table that ships parses without a fault; the kernels that it names are there, and no others."""
     from marlin_gen import env
 
     for path in sorted(env.tuned_dir().glob(f"*/{FILE_NAME}")):
@@ -401,6 +449,8 @@ def test_shipped_tables_are_whole():
         assert path.read_text() == found.text(), f"{path} was edited by hand; write it with DispatchTable.write"
         broken = [key for key in found.kernels if found.cubin(key) is None]
         assert not broken, (path, broken[:3])
-        assert {cubin.stem for cubin in path.parent.glob("kernels/*")} == found.kernels.keys()
+        packs = [kernel_pack.read(file) for file in path.parent.glob("kernels/*")]
+        assert sorted(key for pack in packs for key in pack) == sorted(found.kernels)
+        assert {path.parent / file for file in found.packs.values()} == {*path.parent.glob("kernels/*")}
         unbuilt = {r.specs(found.gpu)[0].key for r in found.rows} - found.kernels.keys()
         assert not unbuilt, (path, sorted(unbuilt)[:3])

@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import H100, mma, row, wgmma
 
-from marlin_gen import driver, subset, table_archive, whole_files
+from marlin_gen import kernel_pack, subset, table_archive, whole_files, xz
 from marlin_gen.arch import Gpu
 from marlin_gen.cli.root import main
+from marlin_gen.config import KernelSpec
 from marlin_gen.dispatch import Dispatcher, digest, tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.record import load_recording
@@ -51,7 +52,7 @@ def attempt(folder: Path) -> tuple[DispatchTable | None, list[str]]:
             for problem in ASKED:
                 for choice in dispatcher.choose(problem):
                     if choice.kernel:  # whatever is offered to be loaded is the kernel of that name, whole
-                        assert choice.kernel.cubin.read_bytes() == choice.spec.key.encode()
+                        assert choice.kernel.image == choice.spec.key.encode()
             digest([found])
     assert all(issubclass(w.category, TableWarning) for w in caught)
     return found, [str(w.message) for w in caught]
@@ -147,9 +148,9 @@ def test_deep_nesting_is_a_miss(written):
 # Cubins.
 
 
-def test_one_bit_anywhere_in_a_cubin_is_a_miss_with_one_warning(written):
-    key, kernel = next(iter(written.kernels.items()))
-    path = written.folder / kernel.file
+def test_one_bit_anywhere_in_a_file_of_kernels_is_a_miss_with_one_warning(written):
+    key = next(iter(written.kernels))
+    path = tables.pack_of(written, key)
     content = path.read_bytes()
     for at, damaged in flips(content):
         path.write_bytes(damaged)
@@ -158,41 +159,63 @@ def test_one_bit_anywhere_in_a_cubin_is_a_miss_with_one_warning(written):
     path.write_bytes(content)
 
 
-def test_a_shipped_cubin_with_a_bit_turned_is_a_miss(tmp_path):
+def test_one_bit_anywhere_in_what_is_packed_is_a_miss_or_the_same_kernel(written):
+    """A file that unpacks, and holds something else: names, sizes and cubins are not believed either."""
+    path = tables.pack_of(written, next(iter(written.kernels)))
+    content = xz.unpack(path.read_bytes(), kernel_pack.MAX_UNPACKED)
+    for _, damaged in flips(content, step=7):
+        path.write_bytes(xz.pack(damaged))
+        found, said = attempt(written.folder)  # which compares what is offered
+        assert len(said) == any(found.cubin(key) is None for key in found.kernels)
+
+
+def test_shipped_kernels_with_a_bit_turned_are_a_miss(tmp_path):
     from marlin_gen import env
 
     shipped = DispatchTable.load(sorted(env.tuned_dir().glob(f"*/{FILE_NAME}"))[0].parent)
-    key, kernel = min(shipped.kernels.items(), key=lambda item: (shipped.folder / item[1].file).stat().st_size)
-    content = (shipped.folder / kernel.file).read_bytes()
+    key = min(shipped.kernels)
+    content = shipped.cubin(key)
     assert content[:4] == b"\x7fELF"
     copy = shipped.write(tmp_path / "copy", sources=[shipped.folder])
-    for at, damaged in flips(content, step=257):
-        (copy.folder / kernel.file).write_bytes(damaged)
-        with pytest.warns(TableWarning, match="sha256 differs"):
+    assert all(copy.cubin(key) == shipped.cubin(key) for key in shipped.kernels)
+    path = tables.pack_of(copy, key)
+    packed = path.read_bytes()
+    for at, damaged in flips(packed, step=len(packed) // 50):
+        path.write_bytes(damaged)
+        with pytest.warns(TableWarning, match="are not used, but the next candidates"):
             assert DispatchTable.load(copy.folder).cubin(key) is None, at
 
 
 def test_another_process_s_build_of_a_kernel_is_served_under_its_own_hash(written, tmp_path):
-    """This process read the table before: what it offers to load is what lies there now, and passes the last check."""
+    """This process read the table before: what it offers to load is what lies there now, by that table's hash."""
     made = tables.artifact(tmp_path / "new", mma(), content=b"compiled again")
     publish(written.folder, DispatchTable.build(H100, [row(4096, 4096, 1, mma())], [made], {}), [made])
     location = Dispatcher(H100, [written]).locate(made.spec)
-    assert location.cubin.read_bytes() == b"compiled again"
-    assert location.sha256 == hashlib.sha256(b"compiled again").hexdigest()
+    assert location.image == b"compiled again"
+    assert written.intact_kernel(made.spec.key).sha256 == hashlib.sha256(b"compiled again").hexdigest()
 
 
-def test_a_cubin_that_changes_after_it_was_judged_is_not_loaded(written):
-    """The bytes that go to the driver are hashed once more: they, and no others, are what the table names."""
-    kernel = next(choice.kernel for choice in Dispatcher(H100, [written]).choose(ASKED[0]) if choice.kernel)
-    kernel.cubin.write_bytes(kernel.cubin.read_bytes() + b"more")
-    with pytest.raises(driver.LaunchError, match=r"sha256 differs\): it was changed a moment ago"):
-        driver.load(kernel.cubin, kernel.symbol, 0, kernel.sha256)
+def test_a_kernel_that_another_process_dropped_is_no_fault(written, tmp_path):
+    kept = tables.artifact(tmp_path / "new", mma(96))
+    rows = [replace(r, plan=mma(96), default_plan=None, default_us=None) for r in written.rows]
+    publish(written.folder, DispatchTable.build(H100, rows, [kept], {}), [kept])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any(map(written.cubin, written.kernels))
+
+
+def test_what_changes_after_it_was_judged_is_not_loaded(written):
+    """The bytes that go to the driver are those that were judged, whatever becomes of their file."""
+    key = next(iter(written.kernels))
+    before = written.cubin(key)
+    tables.damage(written, key)
+    kernel = Dispatcher(H100, [written]).locate(KernelSpec.from_key(key))
+    assert kernel.image == before == key.encode()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "large", "loop"])
 def test_what_is_not_a_file_is_a_miss_and_nobody_waits(written, kind, monkeypatch):
-    for name in (written.kernels[next(iter(written.kernels))].file, FILE_NAME):
-        path = written.folder / name
+    for path in (tables.pack_of(written, next(iter(written.kernels))), written.folder / FILE_NAME):
         path.unlink()
         if kind == "pipe":
             os.mkfifo(path)
@@ -214,7 +237,7 @@ def test_the_kernel_of_another_architecture_is_left_out(written, tmp_path):
     del value["sha256"]
     key = next(iter(value["kernels"]))
     other = key.replace("sm_90a", "sm_80")
-    value["kernels"][other] = {**value["kernels"].pop(key), "file": f"kernels/{other}.cubin"}
+    value["kernels"][other] = value["kernels"].pop(key)
     (written.folder / FILE_NAME).write_text(seal(json.dumps(value)[1:]))
     found, said = attempt(written.folder)
     assert other not in found.kernels and "is for sm_80, this GPU runs sm_90a" in said[0]
@@ -268,9 +291,9 @@ def test_one_bit_anywhere_in_an_archive_is_refused_or_harmless(written, tmp_path
 @pytest.mark.parametrize(
     "name",
     [
-        "../evil", "/etc/evil", "h100/../../evil/table.json", "h100/kernels/../../x.cubin", "h100/kernels/a/b.cubin",
-        "..\\evil", "h100/table.json/", "table.json", "h100/kernels/x.cubin\0.txt", "h100/.lock",
-        "h100/kernels/ü.cubin",
+        "../evil", "/etc/evil", "h100/../../evil/table.json", "h100/kernels/../../x.tar.xz", "h100/kernels/a/b.tar.xz",
+        "..\\evil", "h100/table.json/", "table.json", "h100/kernels/x.tar.xz\0.txt", "h100/.lock",
+        "h100/kernels/ü.tar.xz", "h100/kernels/x.cubin",
     ],
 )  # fmt: skip
 def test_names_that_a_table_has_not_are_refused(written, tmp_path, name):
@@ -289,25 +312,26 @@ def test_names_that_a_table_has_not_are_refused(written, tmp_path, name):
 
 def test_links_in_an_archive_are_only_bytes(written, tmp_path):
     path = tmp_path / "a.zip"
-    key, kernel = next(iter(written.kernels.items()))
+    key = next(iter(written.kernels))
+    file = tables.pack_of(written, key).relative_to(written.folder)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{H100.slug}/{FILE_NAME}", written.text())
-        link = zipfile.ZipInfo(f"{H100.slug}/{kernel.file}")
+        link = zipfile.ZipInfo(f"{H100.slug}/{file}")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, "/etc/hostname")
     with pytest.warns(TableWarning), table_archive.opened(path) as (found,):
-        assert found.cubin(key) is None and not (found.folder / kernel.file).is_symlink()
+        assert found.cubin(key) is None and not (found.folder / file).is_symlink()
 
 
 def test_a_bomb_is_refused_before_it_unpacks(written, tmp_path, monkeypatch):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{H100.slug}/kernels/x.cubin", bytes(17 << 20))
+        archive.writestr(f"{H100.slug}/kernels/x.tar.xz", bytes(65 << 20))
     assert "is larger than" in unpacked(path)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for i in range(20):
-            archive.writestr(f"{H100.slug}/kernels/x{i}.cubin", b"")
+            archive.writestr(f"{H100.slug}/kernels/x{i}.tar.xz", b"")
     path.write_bytes(buffer.getvalue())
     monkeypatch.setattr(table_archive, "MAX_FILES", 10)
     assert "holds 20 files, 10 at most" in unpacked(path)
@@ -483,7 +507,7 @@ def test_a_lock_that_is_never_given_back_ends_in_an_error(tmp_path):
 
 def test_serving_does_not_wait_for_a_writer_that_hangs(written, monkeypatch):
     monkeypatch.setattr("marlin_gen.table.READ_SECONDS", 0.1)
-    (written.folder / next(iter(written.kernels.values())).file).write_bytes(b"damaged")
+    tables.pack_of(written, next(iter(written.kernels))).write_bytes(b"damaged")
     with whole_files.locked(written.folder):
         started = time.monotonic()
         found, said = attempt(written.folder)

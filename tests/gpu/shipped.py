@@ -66,7 +66,7 @@ def location(spec: KernelSpec) -> KernelLocation:
         if spec.key in table.kernels:
             cubin = table.cubin(spec.key)
             assert cubin, f"the cubin of {spec.key} is missing or not the one that {table.folder} names"
-            return KernelLocation(cubin, table.kernels[spec.key].symbol)
+            return KernelLocation(table.folder, table.kernels[spec.key].symbol, cubin)
     found = compiled()[spec]
     if isinstance(found, str):
         if "cannot be compiled" in found:
@@ -79,4 +79,4 @@ def location(spec: KernelSpec) -> KernelLocation:
 def kernel(spec: KernelSpec) -> Kernel:
     """Loaded, once a process."""
     found = location(spec)
-    return Launcher.for_device(torch.cuda.current_device()).load(found.cubin, found.symbol, spec)
+    return Launcher.for_device(torch.cuda.current_device()).load(found.file, found.symbol, spec, found.image)

@@ -67,7 +67,7 @@ def test_every_format_and_number_of_tokens(untuned, name, act_dtype):
             error = ((marlin_gen.gemm(a, packed, bias).float() - with_bias).norm() / with_bias.norm()).item()
             assert error < DTYPES[act_dtype].error_limit, m
             choice = untuned.choice(Problem(n, k, m, name, act_dtype))
-            assert choice.spec.arch == "compute_80" and choice.kernel.ptx
+            assert choice.spec.arch == "compute_80" and choice.kernel.image
 
 
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (4096, 4096), (28672, 4096)])

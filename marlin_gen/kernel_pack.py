@@ -1,0 +1,134 @@
+"""A table's compiled kernels: a file for each weight format and activation type, ``kernels/<kind>-<digest>.tar.xz``.
+
+Kernels of one kind are much alike: together they pack to a twelfth of their size, each by itself to three tenths. A
+file's name has a digest of what is in it, and no file is ever altered: a table passes from one set of kernels to the
+next by its own file alone, whenever its writer is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from marlin_gen import whole_files, xz
+from marlin_gen.config import KernelSpec
+from marlin_gen.table_row import KernelEntry
+
+FOLDER = "kernels"
+SUFFIX = ".tar.xz"
+MAX_BYTES = 64 << 20  # of a file; two hundred times a large one
+MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
+MAX_UNPACKED = 128 << 20  # thirty times a large one
+
+_MEMBER = re.compile(r"([a-z0-9_-]{1,160})\.cubin", re.ASCII)
+
+
+@lru_cache(maxsize=1 << 14)
+def kind_of(key: str) -> str:
+    """Of a spec's key: such as u4b8g128-f16."""
+    spec = KernelSpec.from_key(key)
+    return f"{spec.weight_format}-{spec.act_dtype}"
+
+
+def by_kind(kernels: Mapping[str, KernelEntry]) -> dict[str, dict[str, KernelEntry]]:
+    """The kernels of a table, by kind and spec key, sorted."""
+    kinds: dict[str, dict[str, KernelEntry]] = {}
+    for key, kernel in sorted(kernels.items()):
+        kinds.setdefault(kind_of(key), {})[key] = kernel
+    return dict(sorted(kinds.items()))
+
+
+def names(kernels: Mapping[str, KernelEntry]) -> dict[str, str]:
+    """By kind the file that holds these kernels and no others, relative to the table's folder."""
+    return {kind: _name(kind, of_kind) for kind, of_kind in by_kind(kernels).items()}
+
+
+def is_name(kind: str, file: str) -> bool:
+    """Whether ``file`` is written as the name of a file of this kind."""
+    return re.fullmatch(rf"{FOLDER}/{re.escape(kind)}-[0-9a-f]{{12}}{re.escape(SUFFIX)}", file) is not None
+
+
+def _name(kind: str, kernels: Mapping[str, KernelEntry]) -> str:
+    lines = "".join(f"{key} {kernel.sha256}\n" for key, kernel in sorted(kernels.items()))
+    return f"{FOLDER}/{kind}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}{SUFFIX}"
+
+
+def files(folder: Path) -> set[Path]:
+    """What lies in a table's folder as its kernels; those of an earlier schema, a file for each, too."""
+    return {path for ending in (SUFFIX, ".cubin") for path in (folder / FOLDER).glob(f"*{ending}")}
+
+
+def pack(cubins: Mapping[str, bytes]) -> bytes:
+    """The file of these cubins, by spec key: equal cubins give equal bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for key, cubin in sorted(cubins.items()):
+            entry = tarfile.TarInfo(f"{key}.cubin")
+            entry.size = len(cubin)
+            archive.addfile(entry, io.BytesIO(cubin))
+    return xz.pack(buffer.getvalue())
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """The cubins in a file by spec key; a ValueError says why no part of it is used, ImportError: ``xz.unpack``."""
+    content = xz.unpack(whole_files.read(path, MAX_BYTES), MAX_UNPACKED)
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for entry in archive:
+                name = _MEMBER.fullmatch(entry.name)
+                file = archive.extractfile(entry) if entry.type == tarfile.REGTYPE and not entry.issparse() else None
+                if not name or not file:
+                    raise ValueError(f"{entry.name!r:.200} is not a kernel's")
+                found[name[1]] = file.read()
+    except (tarfile.TarError, EOFError, OverflowError, RecursionError) as error:
+        raise ValueError(f"it is no archive of kernels ({error})") from None
+    return found
+
+
+def intact(
+    folder: Path, file: str | None, wanted: Mapping[str, KernelEntry]
+) -> tuple[dict[str, tuple[KernelEntry, bytes]], str]:
+    """Those of ``wanted`` that lie in ``folder``'s ``file`` unaltered, with their cubins.
+
+    And, as the end of a sentence that begins with the file, what is wrong with it where some are not.
+    """
+    if file is None:
+        return {}, "has no file of this kind that the table names"
+    try:
+        cubins = read(folder / file)
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror})"
+    except (ValueError, ImportError) as error:
+        return {}, f"is not used: {error}"
+    pairs = {key: (kernel, cubins[key]) for key, kernel in wanted.items() if key in cubins}
+    same = {key: pair for key, pair in pairs.items() if hashlib.sha256(pair[1]).hexdigest() == pair[0].sha256}
+    return same, "is not the file that its table names (a sha256 differs)"
+
+
+def collect(
+    kind: str, wanted: Mapping[str, KernelEntry], made: Mapping[str, Path], places: Mapping[Path, Mapping[str, str]]
+) -> dict[str, bytes]:
+    """The cubins of ``wanted``: fresh ones from their files ``made``, else from tables' folders (with their ``packs``).
+
+    A ValueError names one that is nowhere.
+    """
+    found: dict[str, bytes] = {}
+    for key in made.keys() & wanted.keys():
+        with suppress(OSError, ValueError):
+            cubin = whole_files.read(made[key], MAX_CUBIN_BYTES)
+            if hashlib.sha256(cubin).hexdigest() == wanted[key].sha256:
+                found[key] = cubin
+    for folder, packs in places.items():
+        if kind in packs and len(found) < len(wanted):
+            found = {key: cubin for key, (_, cubin) in intact(folder, packs[kind], wanted)[0].items()} | found
+    if lost := sorted(wanted.keys() - found.keys()):
+        where = made.get(lost[0]) or f"what lies in {next(iter(places))}"
+        raise ValueError(f"{where} is not the kernel that the table names; compile {lost[0]} again")
+    return found
