@@ -72,11 +72,12 @@ class TableIndex:
         return {kind: sum(logs) / len(logs) for kind, logs in losses.items()}
 
     @cached_property
-    def plans(self) -> dict[Kind, dict[Plan, list[int]]]:
-        """By formats what won, and at which m; of what can be built at all."""
-        found: dict[Kind, dict[Plan, list[int]]] = {}
+    def plans(self) -> dict[Kind, dict[Plan, int]]:
+        """By formats what won, and the largest m at which it did; of what can be built at all."""
+        found: dict[Kind, dict[Plan, int]] = {}
         for row in self._rows():
-            found.setdefault(row.problem.kind, {}).setdefault(row.plan, []).append(row.problem.m)
+            won = found.setdefault(row.problem.kind, {})
+            won[row.plan] = max(won.get(row.plan, 0), row.problem.m)
         return {kind: {plan: m for plan, m in won.items() if self._legal(plan, kind)} for kind, won in found.items()}
 
     def _legal(self, plan: Plan, kind: Kind) -> bool:
@@ -106,12 +107,13 @@ class TableIndex:
         return None
 
     def fitting(self, problem: Problem, gpu: Gpu) -> Plan | None:
-        """What won at any shape for about as many tokens and is estimated to take the least; None if a default does."""
+        """What won at any shape, for a quarter as many tokens or more, and is estimated to take the least; None if a
+        default does. Its tile may go into the tokens several times, or the row's be several of its tiles."""
         m = problem.m
         won = self.plans.get(problem.kind, {}) if m > FEW_TOKENS or 8 < m <= 16 else {}
-        near = (plan for plan, sizes in won.items() if any(_comparable(size, m) for size in sizes))
+        known = (plan for plan, most in won.items() if m <= 4 * most)
         # A plan for one token tile says nothing of the order of several.
-        plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in near]
+        plans = [replace(plan, raster=8) if m > plan.config.block_m and plan.raster == 1 else plan for plan in known]
         works = [(estimate(plan, problem, gpu), plan) for plan in plans if not rejected(plan, problem)]
         _, best = min(((work, plan) for work, plan in works if work > 0), key=itemgetter(0), default=(0.0, None))
         return best if best and fits_better(best, default_plan(problem, gpu), problem, gpu) else None
@@ -141,11 +143,6 @@ def fits_elsewhere(plan: Plan, row: TableRow, m: int) -> bool:
 def _computed(plan: Plan, m: int) -> int:
     """Tokens of all tiles, with what is empty of the last."""
     return -(-m // plan.config.block_m) * plan.config.block_m
-
-
-def _comparable(row_m: int, m: int) -> bool:
-    """Whether a plan for ``row_m`` tokens is worth an estimate for ``m``: its tile may go into them several times."""
-    return m <= 4 * row_m and (row_m < NEAR_TOKENS * m or m >= MANY_TOKENS)
 
 
 def shape_of(problem: Problem) -> Shape:
