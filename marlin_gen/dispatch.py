@@ -11,8 +11,8 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    that lie ready, unless both are 512 and more: a plan for 16 tokens is none for a prefill. (An H100's table cut down
    to m = 1 and 16: such rows 16 % and more from the best, at worst 2.1 times, the defaults 2 %, at worst 15 %.) Where
    the first row is of a third more tokens and more (160 served by 256), or of fewer, a plan whose tiles fit comes
-   before it: by an estimate the best of what won anywhere for about as many tokens, else the default. Not where both
-   have as many tiles as at the row, where they met.
+   before it: by an estimate the best of what won anywhere for a quarter as many tokens or more, else the default. Not
+   where both have as many tiles as at the row, where they met.
 3. *Nearest shape*: the same choice of m at the other shapes, nearest first, rows far from the tokens asked for last
    again, where
 
@@ -61,9 +61,9 @@ GOOD_DEFAULTS = 1.08
 
 
 class KernelLocation(NamedTuple):
-    """A kernel's file, and the kernel itself where that is a file of several which it was read from."""
+    """Where a kernel lies: its file, or, with the kernel itself, the table's folder or the file of several."""
 
-    file: Path
+    place: Path
     symbol: str
     image: bytes | None = None  # a cubin or PTX
 
@@ -168,11 +168,11 @@ class Dispatcher:
     def locate(self, spec: KernelSpec) -> KernelLocation | None:
         """The first table's intact cubin of ``spec``, else what ships as PTX."""
         for table in self.tables:
-            cubin, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
-            if cubin and kernel and table.folder:
+            if table.folder and (found := table.find(spec.key)):
+                kernel, cubin = found
                 return KernelLocation(table.folder, kernel.symbol, cubin)
-        if self.ptx and (found := self.ptx.find(spec)):
-            return KernelLocation(self.ptx.path(spec.weight_format), found.symbol, found.text.encode())
+        if self.ptx and (ptx := self.ptx.find(spec)):
+            return KernelLocation(self.ptx.path(spec.weight_format), ptx.symbol, ptx.image)
         return None
 
 

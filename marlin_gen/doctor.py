@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlin_gen import env
+from marlin_gen import env, xz
 from marlin_gen.arch import Gpu, arch_for
 
 PURPOSES = {
@@ -39,7 +39,7 @@ def examine(purpose: str | None = None) -> tuple[str, list[Finding]]:
         raise ValueError(f"--for {purpose!r} is not one of {', '.join(PURPOSES)}")
     gpu, gpu_findings = _gpu()
     findings = [*gpu_findings, _torch(gpu), _launcher(), *_compilers(), *_packages(), *_tables(gpu)]
-    findings += [_ptx(), _recordings(), _cache(), *_variables()]
+    findings += [_lzma(), _ptx(), _recordings(), _cache(), *_variables()]
     return purpose or ("tune" if gpu else "replay"), findings
 
 
@@ -57,6 +57,14 @@ def _torch(gpu: Gpu | None) -> Finding:
         fix = "install a CUDA build of torch to use a GPU"
         return Finding("torch", not gpu, f"{torch.__version__}, CPU build", fix, ("serve", "tune"))
     return Finding("torch", True, f"{torch.__version__}, built for CUDA {torch.version.cuda}")
+
+
+def _lzma() -> Finding:
+    try:
+        xz.module()
+    except ValueError as error:
+        return Finding("lzma", False, str(error), "use a Python with it, as most are", ("serve", "tune", "replay"))
+    return Finding("lzma", True, "unpacks the kernels of tables")
 
 
 def _launcher() -> Finding:

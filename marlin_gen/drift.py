@@ -65,9 +65,11 @@ def measure(measurer: Measurer, table: DispatchTable, rows: Sequence[TableRow], 
         raise ValueError(f"the table is of {table.gpu.slug}, what measures is {measurer.gpu.slug}; verify it there")
     for row in rows:
         spec = row.specs(table.gpu)[0]
-        cubin, kernel = table.cubin(spec.key), table.intact_kernel(spec.key)
-        artifact = kernel.artifact(spec, cubin, scratch) if cubin and kernel else None
-        yield _timed(measurer, row, artifact) if artifact else Drift(row, None)
+        if found := table.find(spec.key):
+            kernel, cubin = found
+            yield _timed(measurer, row, kernel.artifact(spec, cubin, scratch))
+        else:
+            yield Drift(row, None)
 
 
 def _timed(measurer: Measurer, row: TableRow, artifact: Artifact) -> Drift:

@@ -82,7 +82,7 @@ class Gather:
                     if kernel is None:
                         raise LaunchError(f"{self._ptx.path(NAME)} does not hold the kernel")
                     driver.bind_context(self.device_index)
-                    self._function = driver.load_image(kernel.text.encode(), kernel.symbol, 0)
+                    self._function = driver.load_image(kernel.image, kernel.symbol, 0)
                 except LaunchError as error:
                     self._is_missing = True
                     log.warning("activations are put into act-order by torch's index_select: %s", error)

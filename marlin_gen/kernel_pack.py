@@ -24,6 +24,7 @@ FOLDER = "kernels"
 SUFFIX = ".tar.xz"
 MAX_BYTES = 64 << 20  # of a file; two hundred times a large one
 MAX_CUBIN_BYTES = 16 << 20  # three hundred times a large kernel
+MAX_KERNELS = 16384
 MAX_UNPACKED = 128 << 20  # thirty times a large one
 
 _MEMBER = re.compile(r"([a-z0-9_-]{1,160})\.cubin", re.ASCII)
@@ -50,8 +51,9 @@ def names(kernels: Mapping[str, KernelEntry]) -> dict[str, str]:
 
 
 def is_name(kind: str, file: str) -> bool:
-    """Whether ``file`` is written as the name of a file of this kind."""
-    return re.fullmatch(rf"{FOLDER}/{re.escape(kind)}-[0-9a-f]{{12}}{re.escape(SUFFIX)}", file) is not None
+    """Whether ``file`` is written as the name of a file of this kind, and that as a kind is."""
+    is_kind = re.fullmatch("[a-z0-9]{1,40}-[a-z0-9]{1,20}", kind, re.ASCII)
+    return bool(is_kind and re.fullmatch(rf"{FOLDER}/{kind}-[0-9a-f]{{12}}{re.escape(SUFFIX)}", file, re.ASCII))
 
 
 def _name(kind: str, kernels: Mapping[str, KernelEntry]) -> str:
@@ -65,47 +67,60 @@ def files(folder: Path) -> set[Path]:
 
 
 def pack(cubins: Mapping[str, bytes]) -> bytes:
-    """The file of these cubins, by spec key: equal cubins give equal bytes."""
+    """The file of these cubins, by spec key: equal cubins give equal bytes. A ValueError for what ``read`` refuses."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for key, cubin in sorted(cubins.items()):
             entry = tarfile.TarInfo(f"{key}.cubin")
             entry.size = len(cubin)
             archive.addfile(entry, io.BytesIO(cubin))
-    return xz.pack(buffer.getvalue())
+    packed = xz.pack(buffer.getvalue())
+    if max(len(buffer.getvalue()) / MAX_UNPACKED, len(packed) / MAX_BYTES, len(cubins) / MAX_KERNELS) > 1:
+        raise ValueError(f"{len(cubins)} kernels of {buffer.tell() >> 20} MiB are too many for one file of a table")
+    return packed
 
 
-def read(path: Path) -> dict[str, bytes]:
-    """The cubins in a file by spec key; a ValueError says why no part of it is used, ImportError: ``xz.unpack``."""
-    content = xz.unpack(whole_files.read(path, MAX_BYTES), MAX_UNPACKED)
+def unpacked(packed: bytes) -> dict[str, bytes]:
+    """The inverse of ``pack``; a ValueError says why no part is used.
+
+    Only what ``pack`` writes is understood: tarfile's own reader follows extensions, of which a negative size leads it
+    round for ever and a sparse file out of its bounds.
+    """
+    content = xz.unpack(packed, MAX_UNPACKED)
     found: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for entry in archive:
-                name = _MEMBER.fullmatch(entry.name)
-                file = archive.extractfile(entry) if entry.type == tarfile.REGTYPE and not entry.issparse() else None
-                if not name or not file:
-                    raise ValueError(f"{entry.name!r:.200} is not a kernel's")
-                found[name[1]] = file.read()
-    except (tarfile.TarError, EOFError, OverflowError, RecursionError) as error:
-        raise ValueError(f"it is no archive of kernels ({error})") from None
+    at = 0
+    while any(block := content[at : at + tarfile.BLOCKSIZE]):
+        try:
+            entry = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        except (tarfile.TarError, ValueError) as error:
+            raise ValueError(f"it is no archive of kernels ({error})") from None
+        at += tarfile.BLOCKSIZE
+        name = _MEMBER.fullmatch(entry.name)
+        is_whole = entry.type == tarfile.REGTYPE and 0 <= entry.size <= len(content) - at
+        if not name or name[1] in found or not is_whole or len(found) == MAX_KERNELS:
+            raise ValueError(f"{entry.name!r:.200} is not a kernel's, or is there twice")
+        found[name[1]] = content[at : at + entry.size]
+        at += -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return found
 
 
 def intact(
-    folder: Path, file: str | None, wanted: Mapping[str, KernelEntry]
+    folder: Path, file: str | None, wanted: Mapping[str, KernelEntry], strict: bool = False
 ) -> tuple[dict[str, tuple[KernelEntry, bytes]], str]:
     """Those of ``wanted`` that lie in ``folder``'s ``file`` unaltered, with their cubins.
 
-    And, as the end of a sentence that begins with the file, what is wrong with it where some are not.
+    And, as the end of a sentence that begins with the file, what is wrong with it where some are not. ``strict``: an
+    OSError where it is there and cannot be read now, which says nothing of what is in it.
     """
     if file is None:
         return {}, "has no file of this kind that the table names"
     try:
-        cubins = read(folder / file)
+        cubins = unpacked(whole_files.read(folder / file, MAX_BYTES))
     except OSError as error:
+        if strict and not isinstance(error, FileNotFoundError):
+            raise
         return {}, f"cannot be read ({error.strerror})"
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         return {}, f"is not used: {error}"
     pairs = {key: (kernel, cubins[key]) for key, kernel in wanted.items() if key in cubins}
     same = {key: pair for key, pair in pairs.items() if hashlib.sha256(pair[1]).hexdigest() == pair[0].sha256}

@@ -183,14 +183,14 @@ class Server:
         if spec.arch == PTX_ARCH:
             log.info("the driver compiles %s from PTX, and remembers it", spec.key)
         try:
-            return self.launcher.load(location.file, location.symbol, spec, location.image)
+            return self.launcher.load(location.place, location.symbol, spec, location.image)
         except LaunchError as error:
             if torch.cuda.is_current_stream_capturing():
                 fix = "call marlin_gen.gemm once with these shapes before"
                 raise LaunchError(f"no kernel is loaded while a CUDA graph is captured ({error}); {fix}") from error
             if "OUT_OF_MEMORY" in str(error):  # the kernel is not at fault: the next call may find room for it
                 raise
-            said = f"{spec.key} in {location.file} does not load ({error})"
+            said = f"{spec.key} in {location.place} does not load ({error})"
             _warn(f"{said}; using the next candidate. Compile or tune it again")
             return None
 

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from marlin_gen import env, whole_files, xz
@@ -41,6 +41,11 @@ class PtxKernel:
     symbol: str
     source: str  # sha256 (hex) of the CUDA text and its headers (``KernelSource.digest``)
     text: str
+
+    @cached_property
+    def image(self) -> bytes:
+        """The text as the driver takes it: one object for all who remember it."""
+        return self.text.encode()
 
 
 class ShippedPtx:
@@ -73,7 +78,7 @@ class ShippedPtx:
             return parse(xz.unpack(whole_files.read(path, MAX_BYTES), MAX_UNPACKED))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError) as error:
             fix = "Restore the file from the package"
             warnings.warn(f"{path} is not used: {error}. {fix}", PtxWarning, stacklevel=4)
             return {}

@@ -109,52 +109,57 @@ class DispatchTable:
             if own:
                 yield row if all(default) else replace(row, default_us=None)
 
-    def intact(self) -> DispatchTable:
-        """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing."""
+    def intact(self, is_locked: bool = False) -> DispatchTable:
+        """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing.
+
+        ``is_locked``: by the caller, who writes. An OSError then where a file of kernels is there and cannot be read.
+        """
         kernels: dict[str, KernelEntry] = {}
-        for kind, ours in kernel_pack.by_kind(self.kernels).items():
-            if self.folder:
-                found, _ = kernel_pack.intact(self.folder, self.packs.get(kind), ours)
-                kernels |= {key: kernel for key, (kernel, _) in found.items()}
+        for kind in kernel_pack.by_kind(self.kernels) if self.folder else ():
+            kernels |= {key: kernel for key, (kernel, _) in self._judge(kind, is_locked)[0].items()}
         rows = tuple(row for row in self.rows if row.specs(self.gpu)[0].key in kernels)
         return replace(self, rows=rows, kernels=kernels)
 
     def cubin(self, key: str) -> bytes | None:
-        """The intact cubin of a spec; None when there is none, with one warning for all of its kind that are not."""
-        found = self._found(key)
+        """The intact cubin of a spec: see ``find``."""
+        found = self.find(key)
         return found[1] if found else None
 
-    def intact_kernel(self, key: str) -> KernelEntry | None:
-        """The entry that ``cubin`` is of: this table's, or that of another process's later build."""
-        found = self._found(key)
-        return found[0] if found else None
+    def find(self, key: str) -> tuple[KernelEntry, bytes] | None:
+        """The intact kernel of a spec, and the entry that it is of: this table's, or another process's later build.
 
-    def _found(self, key: str) -> tuple[KernelEntry, bytes] | None:
+        None when there is none, with one warning for all of its kind that are not intact. Later changes of their file
+        change nothing.
+        """
         if key not in self._judged:
             if self.folder is None or key not in self.kernels:
                 return None
-            self._judged.update(self._judge(self.folder, kernel_pack.kind_of(key)))
+            kind = kernel_pack.kind_of(key)
+            found, fault = self._judge(kind)
+            if fault:
+                _warn(f"{self.folder}/{fault}. Restore the file, or tune again")
+            self._judged.update({key: found.get(key) for key in kernel_pack.by_kind(self.kernels)[kind]})
         return self._judged[key]
 
-    def _judge(self, folder: Path, kind: str) -> dict[str, tuple[KernelEntry, bytes] | None]:
-        """Every kernel of a kind: they lie in one file."""
+    def _judge(self, kind: str, is_locked: bool = False) -> tuple[dict[str, tuple[KernelEntry, bytes]], str]:
+        """The intact kernels of a kind: they lie in one file. And what is wrong with the others; "" if there are none.
+
+        Another process may have written since: its build of the same kernel serves as well, and where it dropped the
+        kernel nothing is broken. Looked at under the lock, or its files could go as these did.
+        """
+        assert self.folder
         file, ours = self.packs.get(kind), kernel_pack.by_kind(self.kernels)[kind]
-        found, fault = kernel_pack.intact(folder, file, ours)
+        found, fault = kernel_pack.intact(self.folder, file, ours, strict=is_locked)
         lost = ours.keys() - found.keys()
-        if lost:
-            # Another process may have written since: its build of the same kernel serves as well, and where it dropped
-            # the kernel nothing is broken. Under the lock, or its files could go as these did.
-            with suppress(OSError, ValueError), whole_files.locked(folder, shared=True, seconds=READ_SECONDS):
-                now = read_file(folder / FILE_NAME)
+        if lost and not is_locked:
+            with suppress(OSError, ValueError), whole_files.locked(self.folder, shared=True, seconds=READ_SECONDS):
+                now = read_file(self.folder / FILE_NAME)
                 theirs = {key: now.kernels[key] for key in lost & now.kernels.keys()}
-                found |= kernel_pack.intact(folder, now.packs.get(kind), theirs)[0]
-                lost = theirs.keys() - found.keys()
-        if lost:
-            _warn(
-                f"{folder / (file or kernel_pack.FOLDER)} {fault}; {len(lost)} kernels are not used, but the next"
-                " candidates. Restore the file, or tune again"
-            )
-        return {key: found.get(key) for key in ours}
+                file = now.packs.get(kind)
+                again, fault = kernel_pack.intact(self.folder, file, theirs)
+                found, lost = found | again, theirs.keys() - again.keys()
+        said = f"{file or kernel_pack.FOLDER} {fault}; {len(lost)} kernels are not used, but the next candidates"
+        return found, said if lost else ""
 
     @classmethod
     def load(cls, folder: Path) -> DispatchTable | None:

@@ -1,4 +1,4 @@
-"""Tables in one file: a zip archive of ``<gpu.slug>/table.json`` and the files of its kernels beside it.
+"""Tables in one file: a zip archive of ``<gpu.slug>/table.json`` and ``<gpu.slug>/kernels/*.tar.xz``.
 
 Equal tables give equal bytes. A reader takes no name but of these two forms, no more of anything than the bounds below,
 and lets the tables' own hashes judge the content.
@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from marlin_gen import kernel_pack, whole_files
@@ -44,17 +44,27 @@ def write_archive(path: Path, tables: Sequence[DispatchTable]) -> int:
         for table in sorted(tables, key=lambda table: table.gpu.slug):
             archive.writestr(_entry(f"{table.gpu.slug}/{FILE_NAME}"), table.text())
             for kind, file in kernel_pack.names(table.kernels).items():
-                cubins = {key: table.cubin(key) for key in kernel_pack.by_kind(table.kernels)[kind]}
-                if lost := [key for key, cubin in cubins.items() if cubin is None]:
-                    raise ValueError(f"the table of {table.gpu.slug} has no intact {lost[0]}; tune again")
-                if table.folder and table.packs.get(kind) == file:  # packing takes seconds
-                    content = whole_files.read(table.folder / file, kernel_pack.MAX_BYTES)
-                else:
-                    content = kernel_pack.pack({key: cubin for key, cubin in cubins.items() if cubin is not None})
+                content = _packed(table, kind, file)
                 archive.writestr(_entry(f"{table.gpu.slug}/{file}", zipfile.ZIP_STORED), content)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole_files.write(path, buffer.getvalue())
     return len(buffer.getvalue())
+
+
+def _packed(table: DispatchTable, kind: str, file: str) -> bytes:
+    """The table's kernels of a kind: its file, if it is what it was when they were judged, since packing takes long."""
+    cubins: dict[str, bytes] = {}
+    for key in kernel_pack.by_kind(table.kernels)[kind]:
+        cubin = table.cubin(key)
+        if cubin is None:
+            raise ValueError(f"the table of {table.gpu.slug} has no intact {key}; tune again")
+        cubins[key] = cubin
+    with suppress(OSError, ValueError):
+        if table.folder and kernel_pack.unpacked(
+            content := whole_files.read(table.folder / file, kernel_pack.MAX_BYTES)
+        ) == cubins:
+            return content
+    return kernel_pack.pack(cubins)
 
 
 def _entry(name: str, compress_type: int = zipfile.ZIP_DEFLATED) -> zipfile.ZipInfo:
@@ -130,7 +140,7 @@ def _checked(entries: Sequence[zipfile.ZipInfo], path: Path) -> Sequence[zipfile
     for entry in entries:
         # zipfile ends a name at a NUL; the original still has it.
         if not _NAME.fullmatch(entry.orig_filename) or entry.filename in seen:
-            said = f"{entry.orig_filename!r:.200} is not a file of a table, or is there twice"
+            said = f"{entry.orig_filename!r:.200} is not a file of a table of this version, or is there twice"
             raise ValueError(f"{path}: {said}; nothing was read")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{path}: {entry.filename} is compressed in a way that export does not use; copy it again")

@@ -34,7 +34,7 @@ def publish(
         _sweep(folder)
         sources = [table.folder] if table.folder else []
         if old:
-            table = old.merged(table, prefer, damaged=old.kernels.keys() - old.intact().kernels.keys())
+            table = old.merged(table, prefer, damaged=old.kernels.keys() - old.intact(is_locked=True).kernels.keys())
         return table.write(folder, artifacts, sources)
 
 

@@ -108,10 +108,9 @@ def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Pat
         if choice.kernel is None:
             missing.append(choice.spec)
         elif choice.spec not in found:
-            shipped = (table.intact_kernel(choice.spec.key) for table in dispatcher.tables)
-            kernel = next(kernel for kernel in shipped if kernel)  # as ``locate`` found it
-            assert choice.kernel.image
-            found[choice.spec] = kernel.artifact(choice.spec, choice.kernel.image, scratch)
+            shipped = (table.find(choice.spec.key) for table in dispatcher.tables)
+            kernel, cubin = next(pair for pair in shipped if pair)  # as ``locate`` found it
+            found[choice.spec] = kernel.artifact(choice.spec, cubin, scratch)
     for spec, result in compile_all([render(spec) for spec in missing]).items() if missing else ():
         if isinstance(result, CompileFailure):
             raise ValueError(f"{spec.key} does not compile: {result.reason}")

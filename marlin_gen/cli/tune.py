@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_gen import env, whole_files
+from marlin_gen import env, whole_files, xz
 from marlin_gen.cli import arguments, gpus, speedups, study
 from marlin_gen.cli.console import note, out, print_json
 from marlin_gen.cli.progress import tune_progress
@@ -60,6 +60,7 @@ def tune(
         versions = study.versions_of(measurer)
         target = (to := to or env.user_data_dir() / ("replayed" if replay else "tuned")) / measurer.gpu.slug
         arguments.check_writable(target, f"--out {to}")
+        xz.module()  # by which a table's kernels are packed: now, not after the search
         recordings = {kind: target / recording_name(*kind) for kind in work.kinds if record}
         for kind, path in recordings.items():  # now, not after the search
             lines_of_others(path, versions, work.of(kind))

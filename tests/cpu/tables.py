@@ -31,9 +31,11 @@ def row(n: int, k: int, m: int, plan: Plan, us: float = 10.0, default: Plan | No
     )
 
 
-def artifact(folder: Path, plan: Plan, content: bytes = b"", arch: str = "sm_90a") -> Artifact:
+def artifact(
+    folder: Path, plan: Plan, content: bytes = b"", arch: str = "sm_90a", weight_format: str = "u4b8g128"
+) -> Artifact:
     """A stand-in for a compiled kernel: tables never look inside a cubin."""
-    spec = KernelSpec(plan.config, "u4b8g128", "f16", arch)
+    spec = KernelSpec(plan.config, weight_format, "f16", arch)
     directory = folder / spec.key
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "kernel.cubin").write_bytes(content or spec.key.encode())
@@ -49,7 +51,7 @@ def pack_of(found: DispatchTable, key: str) -> Path:
 def damage(found: DispatchTable, key: str, content: bytes | None = b"damaged") -> None:
     """Put another cubin in the place of one, or none; the others of its file stay."""
     path = pack_of(found, key)
-    cubins = {**kernel_pack.read(path), key: content}
+    cubins = {**kernel_pack.unpacked(path.read_bytes()), key: content}
     path.write_bytes(kernel_pack.pack({k: v for k, v in cubins.items() if v is not None}))
 
 

@@ -347,7 +347,7 @@ def test_a_second_tables_cubin_replaces_a_damaged_one(tmp_path):
     next(iter((mine.folder / "kernels").iterdir())).unlink()
     with pytest.warns(TableWarning, match="cannot be read"):
         first = next(Dispatcher(H100, [mine, shipped]).choose(Problem(4096, 4096, 1)))
-    assert first.kernel.file == shipped.folder
+    assert first.kernel.place == shipped.folder
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 import marlin_gen
@@ -115,3 +117,9 @@ def test_shipped_ptx_is_counted_and_damage_named(tmp_path, monkeypatch):
     found = by_name(examine("serve")[1])["PTX"]
     assert not found.ok and "u4b8g128.json.xz is not used" in found.found
     assert found not in broken("serve", examine("serve")[1])
+
+
+def test_a_python_without_lzma_cannot_serve(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    found = by_name(examine("serve")[1])["lzma"]
+    assert not found.ok and "built without lzma" in found.found and broken("serve", [found])

@@ -259,7 +259,7 @@ def test_the_driver_gets_the_text_that_was_hashed_and_its_end(monkeypatch):
     monkeypatch.setattr(driver, "call", call)
     monkeypatch.setattr(driver, "_driver", lambda: type("D", (), {"CUfunction_attribute": ATTRIBUTES}))
     kernel = next(iter(shipped_ptx().kernels("u4b8g128").values()))
-    driver.load_image(kernel.text.encode(), kernel.symbol, 0)
+    driver.load_image(kernel.image, kernel.symbol, 0)
     assert images == [kernel.text.encode() + b"\0"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import os
 import sys
@@ -194,31 +194,67 @@ def test_a_damaged_file_costs_the_kernels_of_its_kind_one_warning(written, harm)
     assert len(caught) == 1
 
 
-def test_what_else_lies_in_a_file_of_kernels_makes_it_none(written):
-    path = tables.pack_of(written, mma_key(written))
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.REGTYPE):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            entry = tarfile.TarInfo("x.cubin" if kind != tarfile.REGTYPE else "../x.cubin")
-            entry.type, entry.linkname = kind, "/etc/hostname"
-            archive.addfile(entry)
-        path.write_bytes(xz.pack(buffer.getvalue()))
-        with pytest.raises(ValueError, match=r"x\.cubin' is not a kernel's"):
-            kernel_pack.read(path)
+def header(name: str = "x.cubin", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
+    """A block that a reader of tar files takes for whole: its checksum is right."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, "/etc/hostname"
+    block = bytearray(entry.tobuf(tarfile.GNU_FORMAT)[:512])
+    for at, content in {"size": 124, "extended": 482}.items():
+        if at in fields:
+            block[content : content + len(fields[at])] = fields[at]
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 8 * 32)
+    return bytes(block)
 
 
-def test_a_file_that_unpacks_to_too_much_is_not_unpacked(written, monkeypatch):
-    path = tables.pack_of(written, mma_key(written))
-    monkeypatch.setattr(kernel_pack, "MAX_UNPACKED", 16 << 20)
-    path.write_bytes(kernel_pack.pack({"x": bytes(17 << 20)}))
-    with pytest.raises(ValueError, match=r"unpacks to more than 16777216 bytes"):
-        kernel_pack.read(path)
+BACKWARDS = b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True)
+ODD_FILES = {
+    **{f"type {kind}": header(kind=kind.encode()) for kind in "123567KxgZ"},
+    "sparse": header(kind=tarfile.GNUTYPE_SPARSE, extended=b"\1"),
+    "goes elsewhere": header("../x.cubin"),
+    "no cubin": header("x.txt"),
+    "twice": header() + header(),
+    "backwards": header("a.cubin") + header("b.cubin") + header("c.cubin", size=BACKWARDS),
+    "beyond the end": header(size=b"00007777777\0"),
+    "half a header": header()[:140],
+    "no header": b"kernels" * 99,
+    "many": b"".join(header(f"x{i}.cubin") for i in range(9)),
+}  # fmt: skip
 
 
-def test_without_lzma_kernels_are_a_miss(written, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lzma", None)
-    with pytest.warns(TableWarning, match="lzma"):
+@pytest.mark.parametrize("what", ODD_FILES)
+def test_what_else_lies_in_a_file_of_kernels_makes_it_none(written, what, monkeypatch):
+    """Also what tarfile would follow: round in circles, or beyond the end."""
+    monkeypatch.setattr(kernel_pack, "MAX_KERNELS", 8)
+    tables.pack_of(written, mma_key(written)).write_bytes(xz.pack(ODD_FILES[what] + bytes(1024)))
+    with pytest.warns(TableWarning, match="is not used: .* (is not a kernel's|is no archive)") as caught:
         assert not any(map(written.cubin, written.kernels))
+    assert len(caught) == 1
+
+
+def test_what_would_not_be_read_is_not_written(monkeypatch):
+    monkeypatch.setattr(kernel_pack, "MAX_UNPACKED", 16 << 20)
+    with pytest.raises(ValueError, match="1 kernels of 17 MiB are too many for one file"):
+        kernel_pack.pack({"x": bytes(17 << 20)})
+    with pytest.raises(ValueError, match="unpacks to more than 16777216 bytes"):
+        kernel_pack.unpacked(xz.pack(bytes(17 << 20)))
+    monkeypatch.setattr(kernel_pack, "MAX_KERNELS", 1)
+    with pytest.raises(ValueError, match="2 kernels of 0 MiB are too many"):
+        kernel_pack.pack({"x": b"", "y": b""})
+
+
+def test_equal_kernels_are_equal_bytes_in_whatever_order(written):
+    cubins = {key: written.cubin(key) for key in written.kernels}
+    backwards = dict(reversed(cubins.items()))
+    assert list(cubins) != list(backwards) and kernel_pack.pack(cubins) == kernel_pack.pack(backwards)
+    assert tables.pack_of(written, mma_key(written)).read_bytes() == kernel_pack.pack(cubins)
+
+
+def test_without_lzma_kernels_are_a_miss_and_none_are_written(written, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.warns(TableWarning, match="built without lzma"):
+        assert not any(map(written.cubin, written.kernels))
+    with pytest.raises(ValueError, match="built without lzma"):
+        tables.table(tmp_path / "other", ROWS)
 
 
 def mma_key(found: DispatchTable) -> str:
@@ -242,6 +278,51 @@ def test_publish_keeps_other_rows_and_prunes_unnamed_kernels(written, tmp_path):
     found = load(written.folder)
     assert set(found.kernels) == {artifacts[0].spec.key}
     assert [*(written.folder / "kernels").iterdir()] == [tables.pack_of(found, artifacts[0].spec.key)]
+
+
+def test_a_file_of_kernels_stays_unless_they_change_or_are_damaged(written, tmp_path):
+    key = mma_key(written)
+    path = tables.pack_of(written, key)
+    before, content = path.stat(), path.read_bytes()
+    (written.folder / "kernels" / f"{key}.cubin").write_bytes(b"of a table of before")
+    other = tables.artifact(tmp_path / "new", mma(96), weight_format="u4b8g64")
+    rows = [replace(row(4096, 4096, 1, mma(96)), problem=Problem(4096, 4096, 1, "u4b8g64"))]
+    publish(written.folder, DispatchTable.build(H100, rows, [other], {}), [other])
+    now = path.stat()
+    assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert kernel_pack.files(written.folder) == {path, tables.pack_of(load(written.folder), other.spec.key)}
+    # What is damaged is dropped by the next publish, and mended by one that has it.
+    path.write_bytes(content[:-1])
+    found = publish(written.folder, DispatchTable.build(H100, rows, [other], {}), [other])
+    assert [r.problem.weight_format for r in found.intact().rows] == ["u4b8g64"] and not path.exists()
+    again = tables.table(tmp_path / "again", ROWS)
+    found = publish(written.folder, again)
+    assert found.intact() == found and len(found.rows) == 4 and path.read_bytes() == content
+
+
+def test_kernels_that_cannot_be_read_now_are_not_taken_for_damaged(written, tmp_path, monkeypatch):
+    """As where too many files are open: a publish would drop the whole kind."""
+    read = whole_files.read
+
+    def short_of_files(path, limit):
+        if path.name.endswith(".xz"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return read(path, limit)
+
+    made = tables.artifact(tmp_path / "new", mma(96))
+    monkeypatch.setattr(whole_files, "read", short_of_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        publish(written.folder, DispatchTable.build(H100, [row(64, 4096, 1, mma(96))], [made], {}), [made])
+    monkeypatch.undo()
+    assert load(written.folder) == written and written.intact() == written
+
+
+def test_what_another_process_published_is_intact_too(written, tmp_path):
+    """A table that was read a moment ago: its file of kernels is gone, and they lie in the next."""
+    made = tables.artifact(tmp_path / "new", mma(96))
+    publish(written.folder, DispatchTable.build(H100, [row(64, 4096, 1, mma(96))], [made], {}), [made])
+    assert not tables.pack_of(written, mma_key(written)).exists()
+    assert written.intact() == written
 
 
 def test_publish_keeps_kernels_that_only_a_lookup_names(written, tmp_path):
@@ -449,7 +530,7 @@ def test_shipped_tables_are_whole():
         assert path.read_text() == found.text(), f"{path} was edited by hand; write it with DispatchTable.write"
         broken = [key for key in found.kernels if found.cubin(key) is None]
         assert not broken, (path, broken[:3])
-        packs = [kernel_pack.read(file) for file in path.parent.glob("kernels/*")]
+        packs = [kernel_pack.unpacked(file.read_bytes()) for file in path.parent.glob("kernels/*")]
         assert sorted(key for pack in packs for key in pack) == sorted(found.kernels)
         assert {path.parent / file for file in found.packs.values()} == {*path.parent.glob("kernels/*")}
         unbuilt = {r.specs(found.gpu)[0].key for r in found.rows} - found.kernels.keys()

@@ -79,4 +79,4 @@ def location(spec: KernelSpec) -> KernelLocation:
 def kernel(spec: KernelSpec) -> Kernel:
     """Loaded, once a process."""
     found = location(spec)
-    return Launcher.for_device(torch.cuda.current_device()).load(found.file, found.symbol, spec, found.image)
+    return Launcher.for_device(torch.cuda.current_device()).load(found.place, found.symbol, spec, found.image)

@@ -89,8 +89,8 @@ def test_every_kernel_is_loaded_by_the_driver(untuned):
 
     for name in FORMATS:
         for key, kernel in shipped_ptx().kernels(name).items():
-            spec, image = KernelSpec.from_key(key), kernel.text.encode()
-            loaded = untuned.launcher.load(shipped_ptx().path(name), kernel.symbol, spec, image)
+            spec = KernelSpec.from_key(key)
+            loaded = untuned.launcher.load(shipped_ptx().path(name), kernel.symbol, spec, kernel.image)
             assert loaded.max_clusters >= untuned.launcher.gpu.num_sms, key
 
 
