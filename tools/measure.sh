@@ -38,7 +38,8 @@ for stage in $stages; do
       ;;
     bench) MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 1,2,4,...,4096 --csv "$table/bench.csv" ;;
     between) # The numbers of tokens between powers of two that a tune asks for too.
-      MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens 48,80,96,112,160,192,224,320,384,448,640,768,896 --csv "$table/between.csv"
+      tokens=$(python3 -c "from marlin_gen.cli.arguments import DEFAULT_TOKENS as t; print(*[m for m in t.split(',') if int(m).bit_count() > 1], sep=',')")
+      MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench $work --tokens "$tokens" --csv "$table/between.csv"
       ;;
     models) # Layers of models that nothing was tuned for, at the token count of the report's picture.
       MARLIN_GEN_TABLE="$table" python3 -m marlin_gen bench --model llama-3.2-3b,qwen2.5-7b,qwen3-14b,mistral-small-24b,gemma-3-27b,llama-3.1-70b \
