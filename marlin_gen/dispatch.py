@@ -169,8 +169,7 @@ class Dispatcher:
         """The first table's intact cubin of ``spec``, else what ships as PTX."""
         for table in self.tables:
             if table.folder and (found := table.find(spec.key)):
-                kernel, cubin = found
-                return KernelLocation(table.folder, kernel.symbol, cubin)
+                return KernelLocation(table.folder, found[0].symbol, found[1])
         if self.ptx and (ptx := self.ptx.find(spec)):
             return KernelLocation(self.ptx.path(spec.weight_format), ptx.symbol, ptx.image)
         return None

@@ -65,11 +65,8 @@ def measure(measurer: Measurer, table: DispatchTable, rows: Sequence[TableRow], 
         raise ValueError(f"the table is of {table.gpu.slug}, what measures is {measurer.gpu.slug}; verify it there")
     for row in rows:
         spec = row.specs(table.gpu)[0]
-        if found := table.find(spec.key):
-            kernel, cubin = found
-            yield _timed(measurer, row, kernel.artifact(spec, cubin, scratch))
-        else:
-            yield Drift(row, None)
+        found = table.find(spec.key)
+        yield _timed(measurer, row, found[0].artifact(spec, found[1], scratch)) if found else Drift(row, None)
 
 
 def _timed(measurer: Measurer, row: TableRow, artifact: Artifact) -> Drift:

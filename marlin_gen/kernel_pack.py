@@ -37,17 +37,24 @@ def kind_of(key: str) -> str:
     return f"{spec.weight_format}-{spec.act_dtype}"
 
 
-def by_kind(kernels: Mapping[str, KernelEntry]) -> dict[str, dict[str, KernelEntry]]:
-    """The kernels of a table, by kind and spec key, sorted."""
+Kernels = Mapping[str, KernelEntry]  # by KernelSpec.key, sorted where they are of one kind
+
+
+def by_kind(kernels: Kernels) -> dict[str, Kernels]:
+    """The kernels of a table, each kind's by themselves, sorted."""
     kinds: dict[str, dict[str, KernelEntry]] = {}
     for key, kernel in sorted(kernels.items()):
         kinds.setdefault(kind_of(key), {})[key] = kernel
     return dict(sorted(kinds.items()))
 
 
-def names(kernels: Mapping[str, KernelEntry]) -> dict[str, str]:
+def names(kinds: Mapping[str, Kernels]) -> dict[str, str]:
     """By kind the file that holds these kernels and no others, relative to the table's folder."""
-    return {kind: _name(kind, of_kind) for kind, of_kind in by_kind(kernels).items()}
+    found = {}
+    for kind, kernels in kinds.items():
+        lines = "".join(f"{key} {kernel.sha256}\n" for key, kernel in kernels.items())
+        found[kind] = f"{FOLDER}/{kind}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}{SUFFIX}"
+    return found
 
 
 def is_name(kind: str, file: str) -> bool:
@@ -56,18 +63,13 @@ def is_name(kind: str, file: str) -> bool:
     return bool(is_kind and re.fullmatch(rf"{FOLDER}/{kind}-[0-9a-f]{{12}}{re.escape(SUFFIX)}", file, re.ASCII))
 
 
-def _name(kind: str, kernels: Mapping[str, KernelEntry]) -> str:
-    lines = "".join(f"{key} {kernel.sha256}\n" for key, kernel in sorted(kernels.items()))
-    return f"{FOLDER}/{kind}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}{SUFFIX}"
-
-
 def files(folder: Path) -> set[Path]:
     """What lies in a table's folder as its kernels; those of an earlier schema, a file for each, too."""
     return {path for ending in (SUFFIX, ".cubin") for path in (folder / FOLDER).glob(f"*{ending}")}
 
 
 def pack(cubins: Mapping[str, bytes]) -> bytes:
-    """The file of these cubins, by spec key: equal cubins give equal bytes. A ValueError for what ``read`` refuses."""
+    """The file of these cubins, by spec key: equal cubins give equal bytes. A ValueError for what is not read."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for key, cubin in sorted(cubins.items()):
@@ -105,7 +107,7 @@ def unpacked(packed: bytes) -> dict[str, bytes]:
 
 
 def intact(
-    folder: Path, file: str | None, wanted: Mapping[str, KernelEntry], strict: bool = False
+    folder: Path, file: str | None, wanted: Kernels, strict: bool = False
 ) -> tuple[dict[str, tuple[KernelEntry, bytes]], str]:
     """Those of ``wanted`` that lie in ``folder``'s ``file`` unaltered, with their cubins.
 
@@ -123,12 +125,12 @@ def intact(
     except ValueError as error:
         return {}, f"is not used: {error}"
     pairs = {key: (kernel, cubins[key]) for key, kernel in wanted.items() if key in cubins}
-    same = {key: pair for key, pair in pairs.items() if hashlib.sha256(pair[1]).hexdigest() == pair[0].sha256}
+    same = {key: (kernel, cubin) for key, (kernel, cubin) in pairs.items() if kernel.is_of(cubin)}
     return same, "is not the file that its table names (a sha256 differs)"
 
 
 def collect(
-    kind: str, wanted: Mapping[str, KernelEntry], made: Mapping[str, Path], places: Mapping[Path, Mapping[str, str]]
+    kind: str, wanted: Kernels, made: Mapping[str, Path], places: Mapping[Path, Mapping[str, str]]
 ) -> dict[str, bytes]:
     """The cubins of ``wanted``: fresh ones from their files ``made``, else from tables' folders (with their ``packs``).
 
@@ -138,7 +140,7 @@ def collect(
     for key in made.keys() & wanted.keys():
         with suppress(OSError, ValueError):
             cubin = whole_files.read(made[key], MAX_CUBIN_BYTES)
-            if hashlib.sha256(cubin).hexdigest() == wanted[key].sha256:
+            if wanted[key].is_of(cubin):
                 found[key] = cubin
     for folder, packs in places.items():
         if kind in packs and len(found) < len(wanted):

@@ -122,10 +122,7 @@ class Launcher:
         threads, smem = family.threads(spec.config), family.smem_bytes(spec.config, spec.format_row)
         with torch.cuda.device(self.device_index):
             limit = spec.arch_row.smem_per_block
-            if image is not None:
-                function = driver.load_image(image, symbol, limit)
-            else:
-                function = driver.load(file, symbol, limit)
+            function = driver.load(file, symbol, limit) if image is None else driver.load_image(image, symbol, limit)
             resident = driver.resident_clusters(function, threads, smem, spec.config.cluster_size, self.gpu.num_sms)
         if resident < 1:
             raise LaunchError(

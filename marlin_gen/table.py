@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,18 @@ class DispatchTable:
             if own:
                 yield row if all(default) else replace(row, default_us=None)
 
+    @cached_property
+    def kinds(self) -> Mapping[str, kernel_pack.Kernels]:
+        """The kernels as they lie in files: by weight format and activation type."""
+        return kernel_pack.by_kind(self.kernels)
+
     def intact(self, is_locked: bool = False) -> DispatchTable:
         """Only the kernels that are there unaltered, and the rows that one of them serves. Warns of nothing.
 
         ``is_locked``: by the caller, who writes. An OSError then where a file of kernels is there and cannot be read.
         """
-        kernels: dict[str, KernelEntry] = {}
-        for kind in kernel_pack.by_kind(self.kernels) if self.folder else ():
-            kernels |= {key: kernel for key, (kernel, _) in self._judge(kind, is_locked)[0].items()}
+        judged = (self._judge(kind, is_locked)[0] for kind in self.kinds) if self.folder else ()
+        kernels = {key: kernel for found in judged for key, (kernel, _) in found.items()}
         rows = tuple(row for row in self.rows if row.specs(self.gpu)[0].key in kernels)
         return replace(self, rows=rows, kernels=kernels)
 
@@ -128,8 +133,7 @@ class DispatchTable:
     def find(self, key: str) -> tuple[KernelEntry, bytes] | None:
         """The intact kernel of a spec, and the entry that it is of: this table's, or another process's later build.
 
-        None when there is none, with one warning for all of its kind that are not intact. Later changes of their file
-        change nothing.
+        None when there is none, with one warning for all of its kind. Later changes of their file change nothing.
         """
         if key not in self._judged:
             if self.folder is None or key not in self.kernels:
@@ -138,7 +142,7 @@ class DispatchTable:
             found, fault = self._judge(kind)
             if fault:
                 _warn(f"{self.folder}/{fault}. Restore the file, or tune again")
-            self._judged.update({key: found.get(key) for key in kernel_pack.by_kind(self.kernels)[kind]})
+            self._judged.update({key: found.get(key) for key in self.kinds[kind]})
         return self._judged[key]
 
     def _judge(self, kind: str, is_locked: bool = False) -> tuple[dict[str, tuple[KernelEntry, bytes]], str]:
@@ -148,7 +152,7 @@ class DispatchTable:
         kernel nothing is broken. Looked at under the lock, or its files could go as these did.
         """
         assert self.folder
-        file, ours = self.packs.get(kind), kernel_pack.by_kind(self.kernels)[kind]
+        file, ours = self.packs.get(kind), self.kinds[kind]
         found, fault = kernel_pack.intact(self.folder, file, ours, strict=is_locked)
         lost = ours.keys() - found.keys()
         if lost and not is_locked:
@@ -193,24 +197,22 @@ class DispatchTable:
 
     def text(self) -> str:
         """The file's text: equal tables give equal bytes."""
-        packs = kernel_pack.names(self.kernels)
+        packs = kernel_pack.names(self.kinds)
         return file_text(Parsed(self.gpu, self.protocol, self.runs, packs, self.kernels, self.rows))
 
-    def write(
-        self, folder: Path, artifacts: Iterable[Artifact] = (), sources: Sequence[Path] = ()
-    ) -> DispatchTable:
+    def write(self, folder: Path, artifacts: Iterable[Artifact] = (), sources: Sequence[Path] = ()) -> DispatchTable:
         """Write table and kernels, and delete kernels that it does not name. Returns the table as it lies there.
 
         A kernel without an artifact must lie in ``folder``, or in one of the tables' folders ``sources``; a ValueError
         names one that does not. Readers see the table and its kernels as they were or as they are now, a kill likewise.
         """
         made = {artifact.spec.key: artifact.cubin for artifact in artifacts}
-        packs = kernel_pack.names(self.kernels)
+        packs, places = kernel_pack.names(self.kinds), {place: _packs(place) for place in (folder, *sources)}
         (folder / kernel_pack.FOLDER).mkdir(parents=True, exist_ok=True)
-        for kind, wanted in kernel_pack.by_kind(self.kernels).items():
+        for kind, wanted in self.kinds.items():
             if len(kernel_pack.intact(folder, packs[kind], wanted)[0]) < len(wanted):
-                cubins = kernel_pack.collect(kind, wanted, made, {place: _packs(place) for place in (folder, *sources)})
-                whole_files.write(folder / packs[kind], kernel_pack.pack(cubins))
+                content = kernel_pack.pack(kernel_pack.collect(kind, wanted, made, places))
+                whole_files.write(folder / packs[kind], content)
         whole_files.write(folder / FILE_NAME, self.text().encode())
         for stray in kernel_pack.files(folder) - {folder / file for file in packs.values()}:
             stray.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def write_archive(path: Path, tables: Sequence[DispatchTable]) -> int:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for table in sorted(tables, key=lambda table: table.gpu.slug):
             archive.writestr(_entry(f"{table.gpu.slug}/{FILE_NAME}"), table.text())
-            for kind, file in kernel_pack.names(table.kernels).items():
+            for kind, file in kernel_pack.names(table.kinds).items():
                 content = _packed(table, kind, file)
                 archive.writestr(_entry(f"{table.gpu.slug}/{file}", zipfile.ZIP_STORED), content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,15 @@ def write_archive(path: Path, tables: Sequence[DispatchTable]) -> int:
 def _packed(table: DispatchTable, kind: str, file: str) -> bytes:
     """The table's kernels of a kind: its file, if it is what it was when they were judged, since packing takes long."""
     cubins: dict[str, bytes] = {}
-    for key in kernel_pack.by_kind(table.kernels)[kind]:
+    for key in table.kinds[kind]:
         cubin = table.cubin(key)
         if cubin is None:
             raise ValueError(f"the table of {table.gpu.slug} has no intact {key}; tune again")
         cubins[key] = cubin
+    assert table.folder  # or there was no cubin
     with suppress(OSError, ValueError):
-        if table.folder and kernel_pack.unpacked(
-            content := whole_files.read(table.folder / file, kernel_pack.MAX_BYTES)
-        ) == cubins:
+        content = whole_files.read(table.folder / file, kernel_pack.MAX_BYTES)
+        if kernel_pack.unpacked(content) == cubins:
             return content
     return kernel_pack.pack(cubins)
 

@@ -76,6 +76,10 @@ class KernelEntry:
         (folder / "kernel.cubin").write_bytes(cubin)
         return Artifact(spec, self.symbol, folder, self.registers, spill_bytes=0, static_smem_bytes=0)
 
+    def is_of(self, cubin: bytes) -> bool:
+        """Whether these are the bytes that were entered."""
+        return hashlib.sha256(cubin).hexdigest() == self.sha256
+
     @classmethod
     def from_json(cls, key: str, data: Any) -> KernelEntry:
         """The kernel of spec ``key``; a ValueError names the first fault."""

@@ -17,8 +17,7 @@ def module() -> Any:
 def pack(content: bytes) -> bytes:
     """Equal contents give equal bytes. A window of 8 MiB, in which the kernels of one kind lie whole."""
     lzma = module()
-    packed: bytes = lzma.compress(content, preset=6 | lzma.PRESET_EXTREME)
-    return packed
+    return bytes(lzma.compress(content, preset=6 | lzma.PRESET_EXTREME))
 
 
 def unpack(packed: bytes, limit: int) -> bytes:
