@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from marlin_gen import kernel_pack
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
 from marlin_gen.measurement import Artifact
 from marlin_gen.problem import Problem
-from marlin_gen.table import DispatchTable
+from marlin_gen.table import FILE_NAME, DispatchTable
+from marlin_gen.table_file import seal
 from marlin_gen.table_row import TableRow
 
 H100 = Gpu((9, 0), 132, 52428800, 233472, 3352, "NVIDIA H100 80GB HBM3")
@@ -60,3 +65,20 @@ def table(folder: Path, rows: list[TableRow], gpu: Gpu = H100, date: str = "2026
     plans = {plan.config: plan for r in rows for plan in (r.plan, r.default_plan) if plan}
     artifacts = [artifact(folder / "cache", plan, arch=gpu.arch.name) for plan in plans.values()]
     return DispatchTable.build(gpu, rows, artifacts, {"date": date}).write(folder / gpu.slug, artifacts)
+
+
+def load(folder: Path) -> DispatchTable:
+    """Load, with any warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = DispatchTable.load(folder)
+    assert found is not None
+    return found
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a table as another program might write it: its own sha256 is right."""
+    data = json.loads((folder / FILE_NAME).read_text())
+    del data["sha256"]
+    change(data)
+    (folder / FILE_NAME).write_text(seal(json.dumps(data)[1:]))
