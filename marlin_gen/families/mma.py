@@ -19,6 +19,7 @@ MAX_WARPS = 16
 MAX_BLOCKS = 32  # that any SM holds
 MAX_SCALE_BYTES = 512  # of a warp's rows in a pass and group: every lane copies at most 16
 STAGES = (2, 10)
+EXACT = 1.5  # times as long to multiply by weights of which each is scaled; of groups of 32, from 1.3 on the same choice
 SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
 
 
@@ -157,7 +158,8 @@ class MmaFamily:
             if problem.m > 8 or fmt.bits != 4 or target.name != "sm_90a":  # by what the busiest SM does
                 return (share.computed + share.passes) * cost
             # The longer of both all but hides the other; then the last pass is added up. Of 25 shapes on two GPUs.
-            multiplying = (share.computed * problem.k + 2000 * share.passes) * cost
+            decoding = EXACT if config.dequant == "exact" else 1
+            multiplying = (decoding * share.computed * problem.k + 2000 * share.passes) * cost
             return math.pow(multiplying**8 + loading**8, 1 / 8) + 60 * config.block_n
 
         return Plan(min(self.defaults(target, fmt), key=work))

@@ -55,8 +55,8 @@ def test_export_of_the_shipped_table_serves_it_all_from_fewer_kernels(shipped, h
     assert {r.problem for r in made.rows} == {r.problem for r in shipped.rows}
     assert told["kernels"] == len(made.kernels) == told["least"] < len(shipped.kernels)
     assert told["worst_regret"] <= told["regret"] == 0.03
-    assert told["bytes"] == sum(len(made.cubin(key)) for key in made.kernels) < 20_500_000
-    assert told["packed_bytes"] == sum(path.stat().st_size for path in (made.folder / "kernels").iterdir()) < 2_000_000
+    assert told["bytes"] == sum(len(made.cubin(key)) for key in made.kernels) < 29_500_000
+    assert told["packed_bytes"] == sum(path.stat().st_size for path in (made.folder / "kernels").iterdir()) < 2_600_000
     assert made.intact() == made
     # What a server asks for is served by the exported kernels, the rows' own plan first.
     dispatcher = Dispatcher(made.gpu, [made])

@@ -127,7 +127,8 @@ def test_in_every_recording_the_choice_is_near_the_best(path: Path) -> None:
     timed = {problem: us for problem, us in timed_in(recording).items() if problem.m.bit_count() == 1}
     losses = losses_of(timed, recording.gpu)
     assert len(losses) >= 0.6 * len(timed)
-    most = 1.21 if "u4b8g32" in path.name else 1.14  # 4096x14336 by 16 on the H200
+    # On the H200 28672x4096 by 16 and 4096x14336 by 16 and 128; no default of 16 tokens is for groups of 32.
+    most = 1.26 if "u4b8g32" in path.name else 1.16 if "u8b128" in path.name else 1.14
     assert max(losses.values()) < most and geomean(list(losses.values())) < 1.027, losses
 
 

@@ -165,7 +165,7 @@ def test_the_recording_of_another_gpu_is_refused(tmp_path):
 
 def test_the_shipped_sets_fit_at_three_percent():
     """No row more than 3 % slower: the sets of the H100 and H200 together, under 105 kernels of default formats and, of
-    all formats, each of which has its own kernels, under 28 MB."""
+    all formats, each of which has its own kernels, under 40.5 MB."""
     from marlin_gen import env
 
     kernels = size = 0
@@ -183,4 +183,4 @@ def test_the_shipped_sets_fit_at_three_percent():
         assert smaller == sorted(smaller, reverse=True)
         kernels += sum(key.endswith(f"-{DEFAULT_FORMAT}-{DEFAULT_DTYPE}-sm_90a") for key in chosen.kernels)
         size += sum(len(table.cubin(key)) for key in chosen.kernels)
-    assert 0 < kernels < 105 and 0 < size < 28_000_000
+    assert 0 < kernels < 105 and 0 < size < 40_500_000
