@@ -31,6 +31,10 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    own table, with defaults that were worse, 1.6 % from the best on an H200 instead of 3.0 %; with today's 1.2 %, and
    1.4 % on an H100, with or without).
 5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
+
+Where a GPU has no rows of these formats, what fits is sought among the winners of related GPUs, else of others of its
+architecture (an H20 or a slice of an H100 among the H100's): the estimate knows how many SMs it has. Whether defaults
+are good the related ones say. Kernels are taken from the tables of all, so that there a default needs no compiler.
 """
 
 from __future__ import annotations
@@ -38,7 +42,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -53,7 +56,7 @@ from marlin_gen.families.defaults import default_plan, fits_better, ptx_plan
 from marlin_gen.formats import DEFAULT_FORMAT, LAYOUT_VERSION, weight_format
 from marlin_gen.problem import Problem
 from marlin_gen.shipped_ptx import ShippedPtx
-from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
+from marlin_gen.table import DispatchTable
 from marlin_gen.table_index import FEW_TOKENS, TableIndex, fits_elsewhere, rejected, shape_of, speaks_for
 from marlin_gen.table_row import TableRow
 
@@ -96,8 +99,10 @@ class Dispatcher:
         self.forced = forced
         same = [table for table in tables if gpu.same_class(table.gpu)]
         related = [table for table in tables if table not in same and _related(gpu, table.gpu)]
-        self.tables = [*same, *related]
+        others = [table for table in tables if table not in (*same, *related) and table.gpu.arch == self.arch]
+        self.tables = [*same, *related, *others]
         self._indices = (("", TableIndex.of(same)), ("related ", TableIndex.of(related)))
+        self._winners = (*(index for _, index in self._indices), TableIndex.of(others))
 
     def choose(self, problem: Problem) -> Iterator[Choice]:
         """Every candidate, best first, each plan once. Lazy: later candidates cost nothing unless asked for."""
@@ -125,17 +130,17 @@ class Dispatcher:
             for mark, index in self._indices
             for row in index.exact(shape_of(problem), problem.m)
         ]
-        own = self._indices[0][1]
         if exact and problem.m > FEW_TOKENS and not problem.m <= (row := exact[0][1]).problem.m < 4 / 3 * problem.m:
             for origin, plan, ready in islice(self._ready(problem), 1):
                 if fits_elsewhere(plan, row, problem.m) and fits_better(plan, row.plan, problem, self.gpu):
                     yield origin, plan, ready
         yield from self._rows(problem, exact)
-        if fitting := own.fitting(problem, self.gpu):
+        if fitting := self._fitting(problem):
             yield "fitting", fitting, True
-        if own.default_loss.get(problem.kind, math.inf) <= math.log(GOOD_DEFAULTS):
-            if better := own.beats_default(problem, self.gpu):
-                yield "nearest", better.plan, True
+        mark, known = next((found for found in self._indices if problem.kind in found[1].kinds), self._indices[0])
+        if known.default_loss.get(problem.kind, math.inf) <= math.log(GOOD_DEFAULTS):
+            if better := known.beats_default(problem, self.gpu):
+                yield f"{mark}nearest", better.plan, True
             yield from self._defaults(problem, must_be_ready=True)
         nearest = [(f"{mark}nearest", r) for mark, index in self._indices for r in index.nearest(problem, self.gpu)]
         yield from self._rows(problem, nearest)
@@ -153,9 +158,14 @@ class Dispatcher:
             yield origin, row.plan, False
 
     def _ready(self, problem: Problem) -> Iterator[tuple[str, Plan, bool]]:
-        if plan := self._indices[0][1].fitting(problem, self.gpu):
+        if plan := self._fitting(problem):
             yield "fitting", plan, True
         yield from self._defaults(problem, must_be_ready=True)
+
+    def _fitting(self, problem: Problem) -> Plan | None:
+        """Of what won on this GPU, else on a related one, else on one of the same architecture: the first with rows."""
+        index = next((index for index in self._winners if problem.kind in index.kinds), None)
+        return index.fitting(problem, self.gpu) if index else None
 
     def _defaults(self, problem: Problem, must_be_ready: bool) -> Iterator[tuple[str, Plan, bool]]:
         fmt = weight_format(problem.weight_format)
@@ -203,29 +213,6 @@ def forced_plan() -> Plan | None:
     return Plan.from_key(key) if key else None
 
 
-def find_tables() -> list[DispatchTable]:
-    """Every usable table on this machine in the order of the rule: MARLIN_GEN_TABLE, else the user's; then the shipped.
-
-    Raises FileNotFoundError when MARLIN_GEN_TABLE holds none.
-    """
-    explicit = env.table_dir()
-    try:
-        tables = tables_below(explicit or env.user_data_dir() / "tuned")
-    except OSError as error:  # as in a container whose HOME is another user's
-        if explicit:
-            raise
-        warnings.warn(f"no table of this user is used: {error}", TableWarning, stacklevel=2)
-        tables = []
-    if explicit and not tables and not any(_table_folders(explicit)):
-        raise FileNotFoundError(f"MARLIN_GEN_TABLE={explicit} holds no {FILE_NAME}; name a folder that tune wrote")
-    return tables + tables_below(env.tuned_dir())
-
-
-def tables_below(folder: Path) -> list[DispatchTable]:
-    """The usable tables in ``folder`` and its subfolders."""
-    return [table for found in _table_folders(folder) if (table := DispatchTable.load(found))]
-
-
 def digest(tables: Sequence[DispatchTable], forced: Plan | None = None) -> str:
     """sha256 (hex) of everything by which these tables, in this order, choose: rows, kernels, which of them are intact.
 
@@ -237,11 +224,6 @@ def digest(tables: Sequence[DispatchTable], forced: Plan | None = None) -> str:
         kernels = [(key, kernel.sha256) for key, kernel in sorted(table.kernels.items()) if table.cubin(key)]
         parts.append([gpu, kernels, [(vars(row.problem), row.plan.key) for row in table.rows]])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _table_folders(folder: Path) -> list[Path]:
-    """``folder`` itself or its subfolders, sorted, that hold a table."""
-    return sorted(path.parent for pattern in (FILE_NAME, f"*/{FILE_NAME}") for path in folder.glob(pattern))
 
 
 def _related(gpu: Gpu, other: Gpu) -> bool:

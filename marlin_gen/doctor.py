@@ -140,7 +140,8 @@ def _packages() -> Iterator[Finding]:
 
 
 def _tables(gpu: Gpu | None) -> Iterator[Finding]:
-    from marlin_gen.dispatch import Dispatcher, digest, find_tables
+    from marlin_gen.dispatch import Dispatcher, digest
+    from marlin_gen.installed import find_tables
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -161,7 +162,7 @@ def _tables(gpu: Gpu | None) -> Iterator[Finding]:
             said += f"; {missing} of its kernels are missing or damaged"
         yield Finding("table", not missing, said, "restore the files, or tune again" if missing else "")
     if gpu and not any(gpu.same_class(table.gpu) for table in tables):
-        said = f"none for {gpu.slug}; the families' defaults are compiled as they are needed, or come as PTX"
+        said = f"none for {gpu.slug}; defaults run, by another table's kernels, compiled as needed, or from PTX"
         yield Finding("table for this GPU", False, said, "marlin-gen tune --model <preset or config.json>")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from marlin_gen import dispatch
+from marlin_gen import dispatch, installed
 
 if TYPE_CHECKING:
     from marlin_gen.arch import Gpu
@@ -21,7 +21,7 @@ def table_hash(device: torch.device | str | int | None = None) -> str:
     (default: the current one), whose GPU's tables count alone; on a machine without a GPU, or for "cpu", all tables
     found do. Raises FileNotFoundError when MARLIN_GEN_TABLE holds no table, ValueError for a GPU that is too old.
     """
-    tables, forced = dispatch.find_tables(), dispatch.forced_plan()
+    tables, forced = installed.find_tables(), dispatch.forced_plan()
     gpu = _gpu(device)
     return dispatch.digest(dispatch.Dispatcher(gpu, tables).tables if gpu else tables, forced)
 

@@ -18,7 +18,8 @@ import torch
 from marlin_gen import native
 from marlin_gen.arch import PTX_ARCH
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, find_tables, forced_plan
+from marlin_gen.dispatch import Choice, Dispatcher, KernelLocation, forced_plan
+from marlin_gen.installed import find_tables
 from marlin_gen.launch import Kernel, Launcher, LaunchError
 from marlin_gen.layout import PackedWeight
 from marlin_gen.once import once

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from marlin_gen import kernel_pack, whole_files
-from marlin_gen.dispatch import tables_below
+from marlin_gen.installed import tables_below
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning
 from marlin_gen.table_file import MAX_TABLE_BYTES
 

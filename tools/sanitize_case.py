@@ -23,11 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from marlin_gen import driver  # noqa: E402
 from marlin_gen.config import KernelConfig, KernelSpec, Plan  # noqa: E402
-from marlin_gen.dispatch import find_tables  # noqa: E402
 from marlin_gen.driver import call  # noqa: E402
 from marlin_gen.families import FAMILIES  # noqa: E402
 from marlin_gen.formats import dtype as dtype_row  # noqa: E402
 from marlin_gen.formats import weight_format  # noqa: E402
+from marlin_gen.installed import find_tables  # noqa: E402
 from marlin_gen.layout import PackedWeight, pack  # noqa: E402
 from marlin_gen.operands import random_weight  # noqa: E402
 from marlin_gen.problem import Problem  # noqa: E402

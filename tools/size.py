@@ -11,8 +11,8 @@ BUDGETS = {".py": 250, ".jinja": 450, ".cuh": 250, ".cpp": 250, ".h": 250}  # li
 # Lines of everything but tests: 12500 until transformers and export, 16500 until the native launcher, 18000 until whole
 # models were compiled, PTX shipped and the gather kernel, 19500 until strangers read it (threads, wrong input), 19750
 # until fp8, 20000 until strangers read it again, 20400 until numbers of tokens between powers of two, 20550 until
-# kernels were packed.
-TOTAL = 20700
+# kernels were packed, 20700 until they served every GPU of their architecture.
+TOTAL = 20750
 
 
 def tracked() -> list[Path]:

@@ -18,8 +18,9 @@ from marlin_gen.cli.console import err, note, out, print_json, table, times, us
 from marlin_gen.cli.progress import cells_progress
 from marlin_gen.config import KernelSpec
 from marlin_gen.cost_model import attainable_tflops
-from marlin_gen.dispatch import Choice, Dispatcher, find_tables, forced_plan
+from marlin_gen.dispatch import Choice, Dispatcher, forced_plan
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.installed import find_tables
 from marlin_gen.measurement import Artifact, Measurement
 from marlin_gen.sustained import FILE_NAME
 
@@ -45,7 +46,7 @@ def bench(
     gpu = gpus.require_gpu(device, "bench times kernels")
     dispatcher = Dispatcher(gpu, find_tables(), forced_plan())
     choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
-    folder = next((found.folder for found in dispatcher.tables if found.folder), Path())
+    folder = next((t.folder for t in dispatcher.tables if t.folder and gpu.same_class(t.gpu)), Path())
     paths = {kind: csv or folder / benching.file_name(*kind) for kind in work.kinds}
     path = next(iter(paths.values()))
     if path.is_dir():

@@ -17,7 +17,7 @@ from marlin_gen.cli.arguments import Kind
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cli.show import choose_table
 from marlin_gen.config import KernelSpec
-from marlin_gen.dispatch import find_tables
+from marlin_gen.installed import find_tables
 from marlin_gen.measurement import Artifact
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.subset import Selection

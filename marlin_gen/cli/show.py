@@ -15,8 +15,8 @@ from marlin_gen.cli import gpus, speedups
 from marlin_gen.cli.arguments import ONLY_DTYPES_HELP, ONLY_FORMATS_HELP, Kind, only_kinds
 from marlin_gen.cli.console import note, out, print_json, table
 from marlin_gen.cost_model import attainable_tflops
-from marlin_gen.dispatch import find_tables
 from marlin_gen.formats import FORMATS
+from marlin_gen.installed import find_tables
 from marlin_gen.models import parse_shape
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_archive import opened

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from marlin_gen import env
 from marlin_gen.cli.console import note, out, print_json, table, us
-from marlin_gen.dispatch import tables_below
+from marlin_gen.installed import tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.table import PREFERENCES, DispatchTable
 from marlin_gen.table_archive import held, opened

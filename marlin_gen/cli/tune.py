@@ -14,8 +14,9 @@ from marlin_gen import env, whole_files, xz
 from marlin_gen.cli import arguments, gpus, speedups, study
 from marlin_gen.cli.console import note, out, print_json
 from marlin_gen.cli.progress import tune_progress
-from marlin_gen.dispatch import find_tables, known_winners
+from marlin_gen.dispatch import known_winners
 from marlin_gen.formats import DEFAULT_DTYPE, DEFAULT_FORMAT
+from marlin_gen.installed import find_tables
 from marlin_gen.measurement import Measurer
 from marlin_gen.record import lines_of_others, pack
 from marlin_gen.replay import ReplayMeasurer, recording_name

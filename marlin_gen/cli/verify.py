@@ -14,8 +14,8 @@ from marlin_gen.bench import geomean
 from marlin_gen.cli import arguments, gpus
 from marlin_gen.cli.console import note, out, print_json, table, times, us
 from marlin_gen.cli.progress import cells_progress
-from marlin_gen.dispatch import find_tables
 from marlin_gen.drift import Drift
+from marlin_gen.installed import find_tables
 from marlin_gen.measurement import Measurer
 from marlin_gen.table import DispatchTable
 from marlin_gen.table_archive import opened

@@ -19,7 +19,7 @@ MAX_WARPS = 16
 MAX_BLOCKS = 32  # that any SM holds
 MAX_SCALE_BYTES = 512  # of a warp's rows in a pass and group: every lane copies at most 16
 STAGES = (2, 10)
-EXACT = 1.5  # times as long to multiply by weights of which each is scaled; of groups of 32, from 1.3 on the same choice
+EXACT = 1.5  # times as long to multiply where each weight is scaled: the choice for groups of 32 is good from 1.4 on
 SUMS_BYTES = 48 << 10  # the buffer in which warps add up their sums is halved until it is no larger
 
 

@@ -40,6 +40,7 @@ COSTS = {
 # What small tiles of large products read again and again takes. In 86 problems of 512 and 1024 tokens on both GPUs, 4
 # and 8 bits, the choice among the defaults was 3.3 % from the best of 18 to 42 configs, worst 31 %, and is 1.9, 12 %.
 AGAIN = 1.08
+NARROW_STRIPES = 1.1  # of 64 features; without it they seemed 6 % (4 bits) to 30 % (fp8) too good, in 195 timings
 
 
 def _slower(c: KernelConfig, costs: Costs, k: int) -> float:
@@ -65,7 +66,8 @@ def work(config: KernelConfig, problem: Problem, num_tiles: int, num_sms: int) -
     slots = num_sms // 4 * 10 // 11 if c.cluster_size == 4 else num_sms * c.blocks_per_sm // c.cluster_size
     waves = num_tiles / max(1, slots)
     if c.partition == "striped":
-        return waves * tile * costs.stripes + costs.parts * sums * max(1, 1 / waves)
+        narrow = NARROW_STRIPES if c.block_n == 64 else 1
+        return narrow * (waves * tile * costs.stripes + costs.parts * sums * max(1, 1 / waves))
     if c.partition == "clusterk":
         return math.ceil(waves) * (tile / c.cluster_size + sum(costs.cluster) * sums) - costs.cluster[1] * sums
     return math.ceil(waves) * (tile + costs.ends * sums)

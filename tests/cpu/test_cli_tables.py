@@ -17,7 +17,8 @@ from tables import A100, H100, mma, row
 from marlin_gen import env, whole_files
 from marlin_gen.cli import gpus
 from marlin_gen.cli.root import main
-from marlin_gen.dispatch import Dispatcher, find_tables, tables_below
+from marlin_gen.dispatch import Dispatcher
+from marlin_gen.installed import find_tables, tables_below
 from marlin_gen.measurement import Baseline, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import MeasurementLog, pack

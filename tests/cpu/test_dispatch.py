@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import A100, H100, H200, mma, row, wgmma
 
+from marlin_gen import env
 from marlin_gen.arch import Gpu
 from marlin_gen.config import KernelConfig, KernelSpec, Plan
-from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, find_tables, known_winners
+from marlin_gen.dispatch import GOOD_DEFAULTS, Dispatcher, choose, known_winners
 from marlin_gen.families import FAMILIES
 from marlin_gen.families.defaults import default_plan, fits_better
+from marlin_gen.installed import find_tables, tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.table import DispatchTable, TableWarning
 from marlin_gen.table_index import MAX_DISTANCE, POOR_DEFAULT, distance, wave_fill
@@ -297,6 +299,46 @@ def test_a_related_gpu_ranks_below_with_a_mark():
     assert found[2] == ("related nearest", M64)
     own_exact = bare([row(4096, 4096, 8, M16)])
     assert plans(Problem(4096, 4096, 8), related, own_exact)[0] == ("exact", M16)
+
+
+@pytest.mark.parametrize(("loss", "first"), [(GOOD_DEFAULTS - 0.01, "default"), (1.2, "related nearest")])
+def test_rows_of_a_related_gpu_say_whether_defaults_are_good(loss, first, tmp_path):
+    """An H100 NVL has the H100's SMs and other memory, and no table: the H100's says that for both."""
+    nvl = replace(H100, bandwidth_gbs=3938)
+    default = default_plan(UNSEEN, nvl)
+    table = tables.table(tmp_path, [replace(row(16384, 4096, 1, M1, default=default), default_us=10.0 * loss)])
+    found = plans(UNSEEN, table, gpu=nvl)
+    assert found[0][0] == first and {("default", default), ("related nearest", M1)} <= set(found)
+
+
+def test_a_gpu_without_rows_takes_what_fits_and_its_kernels_from_one_of_its_architecture(tmp_path):
+    """An H20 or a slice of an H100. Its rows say nothing of this GPU: neither of their own shape nor of near ones."""
+    slice_of_it = replace(H100, num_sms=60)
+    served = Problem(5120, 5120, 64)
+    default = default_plan(served, slice_of_it)
+    table = fitting_table(tmp_path, row(4096, 4096, 64, M64, default=default))
+    dispatcher = Dispatcher(slice_of_it, [table])
+    between, ready = next(dispatcher.choose(Problem(16384, 4096, 160))), next(dispatcher.choose(served))
+    assert (between.origin, between.plan) == ("fitting", FITS) and between.kernel
+    assert (ready.origin, ready.plan) == ("default", default) and ready.kernel
+    assert {origin for origin, _ in plans(Problem(6144, 4096, 160), table, gpu=slice_of_it)} == {"fitting", "default"}
+    # Of its own formats a GPU with a table asks that alone.
+    own = tables.table(tmp_path / "own", [row(2048, 2048, 1, M1)], gpu=slice_of_it)
+    assert "fitting" not in dict(plans(Problem(16384, 4096, 160), own, table, gpu=slice_of_it))
+
+
+@pytest.mark.parametrize("num_sms", [16, 60, 78, 114, 144])
+def test_what_ships_serves_every_gpu_of_its_architecture_without_a_compiler(num_sms):
+    gpu = replace(H100, num_sms=num_sms, bandwidth_gbs=2000)
+    dispatcher = Dispatcher(gpu, tables_below(env.tuned_dir()))
+    origins = []
+    for kind in (("u4zg128", "bf16"), ("u4b8g32", "f16"), ("u8b128g128", "f16"), ("e4m3g128", "bf16")):
+        for n, k in ((5120, 5120), (2560, 9728), (28672, 4096)):
+            for m in (1, 12, 24, 48, 80, 160, 320, 896, 4096):
+                first = next(dispatcher.choose(Problem(n, k, m, *kind)))
+                assert first.kernel, first
+                origins.append(first.origin)
+    assert set(origins) == {"fitting", "default"} and origins.count("fitting") > 20
 
 
 def test_a_table_of_another_architecture_is_ignored():

@@ -214,10 +214,10 @@ SERVE = """
 import sys, torch, marlin_gen
 before = set(sys.modules)
 import marlin_gen.nn, marlin_gen.serve, marlin_gen.driver
-from marlin_gen import dispatch, env
+from marlin_gen import dispatch, env, installed
 from marlin_gen.problem import Problem
 
-tables = dispatch.find_tables()
+tables = installed.find_tables()
 assert tables and all(table.cubin(key) for table in tables for key in table.kernels)
 for table in tables:
     for row in table.rows:

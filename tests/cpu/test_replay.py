@@ -19,7 +19,8 @@ import pytest
 import synthetic
 
 from marlin_gen.config import KernelSpec, Plan
-from marlin_gen.dispatch import find_tables, known_winners
+from marlin_gen.dispatch import known_winners
+from marlin_gen.installed import find_tables
 from marlin_gen.measurement import Artifact, Job, Measurement
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording

@@ -13,9 +13,9 @@ from load_tool import load_tool
 from marlin_gen import driver
 from marlin_gen.arch import ARCHS
 from marlin_gen.config import KernelConfig, KernelSpec
-from marlin_gen.dispatch import find_tables
 from marlin_gen.families import FAMILIES
 from marlin_gen.formats import FORMATS
+from marlin_gen.installed import find_tables
 
 sanitize, sanitize_case = load_tool("sanitize"), load_tool("sanitize_case")
 

@@ -26,7 +26,8 @@ from marlin_gen import kernel_pack, subset, table_archive, whole_files, xz
 from marlin_gen.arch import Gpu
 from marlin_gen.cli.root import main
 from marlin_gen.config import KernelSpec
-from marlin_gen.dispatch import Dispatcher, digest, tables_below
+from marlin_gen.dispatch import Dispatcher, digest
+from marlin_gen.installed import tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.record import load_recording
 from marlin_gen.table import FILE_NAME, DispatchTable, TableWarning

@@ -10,9 +10,10 @@ import torch
 
 from marlin_gen.arch import arch_for
 from marlin_gen.config import KernelSpec
-from marlin_gen.dispatch import KernelLocation, find_tables
+from marlin_gen.dispatch import KernelLocation
 from marlin_gen.families.defaults import default_specs
 from marlin_gen.formats import DTYPES, FORMATS
+from marlin_gen.installed import find_tables
 from marlin_gen.launch import Kernel, Launcher
 from marlin_gen.measurement import Artifact
 from marlin_gen.table import DispatchTable
