@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from marlin_gen.arch import ARCHS, Arch
@@ -39,11 +40,10 @@ class KernelConfig:
             raise ValueError(f"partition={self.partition!r} is not one of {PARTITIONS}")
         if self.dequant not in DEQUANTS:
             raise ValueError(f"dequant={self.dequant!r} is not one of {DEQUANTS}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least = 0 if f.name == "a_stages" else 1
-            if f.type == "int" and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{f.name}={value!r} is not a positive whole number")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < (name != "a_stages"):
+                raise ValueError(f"{name}={value!r} is not a positive whole number")
 
     @property
     def key(self) -> str:
@@ -54,15 +54,17 @@ class KernelConfig:
         )
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a table names each several times
     def from_key(cls, key: str) -> KernelConfig:
         found = _CONFIG_KEY.fullmatch(key)
         if not found:
             raise ValueError(f"not a kernel config key: {key!r}; example: {_EXAMPLE}")
         words = found.groupdict("0")
-        values: dict[str, Any] = {f.name: int(words[f.name]) if f.type == "int" else words[f.name] for f in fields(cls)}
+        values: dict[str, Any] = {**words, **{name: int(words[name]) for name in _NUMBERS}}
         return cls(**values)
 
 
+_NUMBERS = tuple(f.name for f in fields(KernelConfig) if f.type == "int")
 _EXAMPLE = "wgmma-m64n64k256-w4x1-s5-b1-c1-tiles-exact"
 _CONFIG_KEY = re.compile(
     r"(?P<family>[a-z]+)-m(?P<block_m>\d+)n(?P<block_n>\d+)k(?P<block_k>\d+)-w(?P<warps_n>\d+)x(?P<warps_k>\d+)"
