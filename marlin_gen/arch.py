@@ -96,6 +96,10 @@ class Gpu:
             and 1 / self.BANDWIDTH_CLASS < ratio < self.BANDWIDTH_CLASS
         )
 
+    def related(self, other: Gpu) -> bool:
+        """Whether the two differ by their memory alone, so that each one's rows may serve the other with a mark."""
+        return tuple(self.capability) == tuple(other.capability) and self.num_sms == other.num_sms
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "capability": list(self.capability)}
 

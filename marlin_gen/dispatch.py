@@ -32,9 +32,10 @@ The rule, in order; a plan whose family rejects the problem is skipped:
    1.4 % on an H100, with or without).
 5. ``ptx_plan``, where it ships as PTX (shipped_ptx.py): for where nothing can be compiled.
 
-Where a GPU has no rows of these formats, what fits is sought among the winners of related GPUs, else of others of its
-architecture (an H20 or a slice of an H100 among the H100's): the estimate knows how many SMs it has. Whether defaults
-are good the related ones say. Kernels are taken from the tables of all, so that there a default needs no compiler.
+What fits a GPU above 32 tokens is sought among the winners of all GPUs of its architecture (an H20 or a slice of an
+H100 among the H100's), of each problem that of the one most like it: the estimate knows how many SMs it has. Whether
+defaults are good related ones say, where its own rows do not. Kernels are taken from the tables of all, so that there
+a default needs no compiler.
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ class Dispatcher:
         self.arch = gpu.arch  # raises here for a GPU that no kernel runs on
         self.forced = forced
         same = [table for table in tables if gpu.same_class(table.gpu)]
-        related = [table for table in tables if table not in same and _related(gpu, table.gpu)]
+        related = [table for table in tables if table not in same and gpu.related(table.gpu)]
         others = [table for table in tables if table not in (*same, *related) and table.gpu.arch == self.arch]
         self.tables = [*same, *related, *others]
         self._indices = (("", TableIndex.of(same)), ("related ", TableIndex.of(related)))
-        self._winners = (*(index for _, index in self._indices), TableIndex.of(others))
+        self.winners = TableIndex.of(self.tables)  # of each problem on this GPU, else on one that is like it
 
     def choose(self, problem: Problem) -> Iterator[Choice]:
         """Every candidate, best first, each plan once. Lazy: later candidates cost nothing unless asked for."""
@@ -137,7 +138,7 @@ class Dispatcher:
         yield from self._rows(problem, exact)
         if fitting := self._fitting(problem):
             yield "fitting", fitting, True
-        mark, known = next((found for found in self._indices if problem.kind in found[1].kinds), self._indices[0])
+        mark, known = next((i for i in self._indices if problem.kind in i[1].default_loss), self._indices[0])
         if known.default_loss.get(problem.kind, math.inf) <= math.log(GOOD_DEFAULTS):
             if better := known.beats_default(problem, self.gpu):
                 yield f"{mark}nearest", better.plan, True
@@ -163,9 +164,9 @@ class Dispatcher:
         yield from self._defaults(problem, must_be_ready=True)
 
     def _fitting(self, problem: Problem) -> Plan | None:
-        """Of what won on this GPU, else on a related one, else on one of the same architecture: the first with rows."""
-        index = next((index for index in self._winners if problem.kind in index.kinds), None)
-        return index.fitting(problem, self.gpu) if index else None
+        """For few tokens of what won on this GPU, since memory decides; else of what won on any of its architecture."""
+        index = self.winners if problem.m > FEW_TOKENS else self._indices[0][1]
+        return index.fitting(problem, self.gpu)
 
     def _defaults(self, problem: Problem, must_be_ready: bool) -> Iterator[tuple[str, Plan, bool]]:
         fmt = weight_format(problem.weight_format)
@@ -194,15 +195,18 @@ def known_winners(
     gpu: Gpu, tables: Sequence[DispatchTable], problems: Sequence[Problem], own: bool = True
 ) -> dict[Problem, list[Plan]]:
     """The plans that tables have for each of these problems, to be tried early by a search: those of this GPU (unless
-    not ``own``) and of related ones; for numbers that they lack, of the default kind."""
+    not ``own``), of related ones and of any of its architecture; for numbers that they lack, of the default kind."""
     dispatcher = Dispatcher(gpu, [table for table in tables if own or not gpu.same_class(table.gpu)])
     found: dict[Problem, list[Plan]] = {}
     size = weight_format(DEFAULT_FORMAT).group_size  # smaller groups divide a k that these do not
     for problem in problems:
         usual = problem if problem.k % size else Problem(problem.n, problem.k, problem.m)
         for asked in dict.fromkeys((problem, usual)):
-            if plans := [c.plan for c in islice(dispatcher.choose(asked), 2) if c.origin != "default"]:
-                found[problem] = plans
+            rows = dispatcher.winners.exact(shape_of(asked), asked.m)
+            plans = [*islice((c.plan for c in dispatcher.choose(asked) if c.origin not in ("default", "ptx")), 2),
+                     *islice((row.plan for row in rows if not rejected(row.plan, asked)), 1)]  # fmt: skip
+            if plans:
+                found[problem] = list(dict.fromkeys(plans))
                 break
     return found
 
@@ -224,7 +228,3 @@ def digest(tables: Sequence[DispatchTable], forced: Plan | None = None) -> str:
         kernels = [(key, kernel.sha256) for key, kernel in sorted(table.kernels.items()) if table.cubin(key)]
         parts.append([gpu, kernels, [(vars(row.problem), row.plan.key) for row in table.rows]])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _related(gpu: Gpu, other: Gpu) -> bool:
-    return tuple(gpu.capability) == tuple(other.capability) and gpu.num_sms == other.num_sms

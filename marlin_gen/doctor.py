@@ -162,7 +162,7 @@ def _tables(gpu: Gpu | None) -> Iterator[Finding]:
             said += f"; {missing} of its kernels are missing or damaged"
         yield Finding("table", not missing, said, "restore the files, or tune again" if missing else "")
     if gpu and not any(gpu.same_class(table.gpu) for table in tables):
-        said = f"none for {gpu.slug}; defaults run, by another table's kernels, compiled as needed, or from PTX"
+        said = f"none for {gpu.slug}; what fits of other tables runs, else defaults, compiled as needed, or from PTX"
         yield Finding("table for this GPU", False, said, "marlin-gen tune --model <preset or config.json>")
 
 

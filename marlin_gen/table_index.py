@@ -59,11 +59,6 @@ class TableIndex:
         return cls(shapes, tables[0].gpu.arch if tables else None)
 
     @cached_property
-    def kinds(self) -> set[Kind]:
-        """Of which formats there are rows."""
-        return {shape[2:] for shape in self.shapes}
-
-    @cached_property
     def default_loss(self) -> dict[Kind, float]:
         """By formats the mean of log(what defaults took / what winners took).
 

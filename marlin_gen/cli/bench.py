@@ -34,7 +34,7 @@ def bench(
     dtypes: Annotated[str, typer.Option("--dtype", help=arguments.DTYPE_HELP)] = DEFAULT_DTYPE,
     device: Annotated[str, typer.Option(help="auto, which is cuda:0, or cuda:1, ...")] = "cuda:0",
     csv: Annotated[
-        Path | None, typer.Option(help="Where to write; default: bench.csv, bench-<format>-<dtype>.csv by the table.")
+        Path | None, typer.Option(help="Where to write; default: bench[-<format>-<dtype>].csv by its table, else here.")
     ] = None,
     seconds: Annotated[float | None, typer.Option("--sustained", min=1, help="Run one cell so many seconds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
@@ -46,7 +46,7 @@ def bench(
     gpu = gpus.require_gpu(device, "bench times kernels")
     dispatcher = Dispatcher(gpu, find_tables(), forced_plan())
     choices = {problem: next(dispatcher.choose(problem)) for problem in work.problems}
-    folder = next((t.folder for t in dispatcher.tables if t.folder and gpu.same_class(t.gpu)), Path())
+    folder = own_folder(dispatcher)
     paths = {kind: csv or folder / benching.file_name(*kind) for kind in work.kinds}
     path = next(iter(paths.values()))
     if path.is_dir():
@@ -96,6 +96,12 @@ def bench(
 def _sentence(failed: Measurement) -> str:
     p = failed.problem
     return f"{p.n}x{p.k} m={p.m} {failed.plan.key}: {failed.status} {failed.detail}".rstrip()
+
+
+def own_folder(dispatcher: Dispatcher) -> Path:
+    """That of the first table of this GPU, never of one that only lends it kernels; without one the current folder."""
+    own = (table.folder for table in dispatcher.tables if dispatcher.gpu.same_class(table.gpu))
+    return next((folder for folder in own if folder), Path())
 
 
 def artifacts_of(choices: Sequence[Choice], dispatcher: Dispatcher, scratch: Path) -> dict[KernelSpec, Artifact]:

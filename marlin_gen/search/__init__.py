@@ -40,8 +40,8 @@ def tune(
     """Search until ``options`` say stop, then time the finalists. Resumes whatever ``log_path`` holds.
 
     ``study_path``: the Optuna journal to keep for watching. ``candidates``: search these only (default: the whole
-    legal space; a replay passes ``recording.configs()``). ``winners_elsewhere``: each problem's plans in tables of the
-    same or a related GPU, tried early, and timed for it whatever the cost model thinks. ``build``: how specs become
+    legal space; a replay passes ``recording.configs()``). ``winners_elsewhere``: each problem's plans in tables of any
+    GPU of the architecture, tried early, and timed for it whatever the cost model thinks. ``build``: how specs become
     artifacts (default: ninja on all cores). ``versions``: what else makes old times incomparable, such as the
     templates' digest; a log made with others is refused.
 

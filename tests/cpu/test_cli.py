@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from marlin_gen.cli import arguments, bench, console, gpus
 from marlin_gen.cli.root import main
 from marlin_gen.config import KernelSpec, Plan
 from marlin_gen.cost_model import predict_us
+from marlin_gen.dispatch import Dispatcher
 from marlin_gen.families import FAMILIES
 from marlin_gen.formats import weight_format
 from marlin_gen.measurement import Baseline, Measurement
@@ -270,6 +272,15 @@ def test_bench_writes_the_agreed_csv_of_what_the_table_chooses(recording, home, 
     monkeypatch.setattr(bench.benching, "measure", lambda *_: iter([failed]))
     assert main(["bench", "--shapes", "4096x4096", "--tokens", "1", "--csv", str(path)]) == 2
     assert f"{table.rows[0].plan.key}: launch [/x] of another's words" in capsys.readouterr().err
+
+
+def test_a_bench_is_written_beside_a_table_of_this_gpu_alone(recording, home):
+    """Not beside one that only lends it kernels, which may be a shipped one."""
+    tune(recording, "--out", str(home / "out"))
+    table = DispatchTable.load(home / "out" / H100.slug)
+    for gpu, folder in ((H100, table.folder), (replace(H100, num_sms=60), Path()), (replace(H100, bandwidth_gbs=4800), Path())):
+        dispatcher = Dispatcher(gpu, [table])
+        assert dispatcher.tables == [table] and bench.own_folder(dispatcher) == folder
 
 
 def test_a_csv_that_cannot_be_written_is_said_before_anything_is_timed(recording, home, capsys, monkeypatch):

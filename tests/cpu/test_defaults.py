@@ -14,8 +14,11 @@ from tables import H100, H200
 from marlin_gen import env
 from marlin_gen.arch import Gpu
 from marlin_gen.bench import geomean
+from marlin_gen.config import KernelConfig
 from marlin_gen.dispatch import Dispatcher
 from marlin_gen.families.defaults import default_plan
+from marlin_gen.families.wgmma import WGMMA
+from marlin_gen.installed import tables_below
 from marlin_gen.problem import Problem
 from marlin_gen.record import Recording, load_recording
 from marlin_gen.table import DispatchTable
@@ -150,6 +153,34 @@ def test_between_powers_of_two_what_won_at_other_shapes_is_near_the_best(folder:
     assert len(timed) == 78 and len(losses) >= 55
     assert geomean(list(losses.values())) < 1.035 and max(losses.values()) < 1.16, losses
     assert geomean(list(defaults.values())) > 1.12
+
+
+@pytest.mark.parametrize(("num_sms", "cells", "mean"), [(114, 42, 1.012), (78, 37, 1.033), (60, 31, 1.031)])
+def test_with_fewer_sms_what_won_on_the_whole_gpu_is_near_the_best(num_sms: int, cells: int, mean: float) -> None:
+    """Of six plans that the estimate ranks first, timed on an H100 by launching on so many of its SMs."""
+    gpu = replace(H100, num_sms=num_sms)
+    dispatcher = Dispatcher(gpu, tables_below(env.tuned_dir()))
+    timed: Timed = defaultdict(dict)
+    with FEW_TOKENS.with_name("fewer_sms.csv").open() as file:
+        for row in csv.DictReader(file):
+            if int(row["num_sms"]) == num_sms:
+                timed[Problem(int(row["n"]), int(row["k"]), int(row["m"]))][row["plan"]] = float(row["us"])
+    chosen = {problem: next(dispatcher.choose(problem)).plan.key for problem in timed}
+    losses = [us[chosen[p]] / min(us.values()) for p, us in timed.items() if chosen[p] in us]
+    assert len(timed) == cells and len(losses) >= 0.9 * cells
+    assert max(losses) < 1.12 and geomean(losses) < mean, losses
+    defaults = [us[key] / us[chosen[p]] for p, us in timed.items() if (key := default_plan(p, gpu).key) in us]
+    assert geomean(defaults) > 1.14
+
+
+def test_stripes_of_64_features_are_dearer_than_they_seem() -> None:
+    """2560x9728, 192 tokens, 114 SMs: 27.2 us beside 20.0."""
+    problem, gpu = Problem(2560, 9728, 192), replace(H100, num_sms=114)
+    striped, clustered = (
+        KernelConfig.from_key(f"wgmma-m{key}-exact")
+        for key in ("96n64k128-w4x1-s7-b1-c1-striped", "192n64k128-w4x1-s4a3-b1-c2-clusterk")
+    )
+    assert WGMMA.work(striped, problem, gpu) > 1.05 * WGMMA.work(clustered, problem, gpu)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import synthetic
 from load_tool import load_tool
-from tables import A100, H200
+from tables import A100, H100, H200
 
 from marlin_gen import compile as compiling
 from marlin_gen import csv_rows
@@ -223,6 +223,8 @@ def test_tables_of_other_gpus_are_refused(device, tmp_path, capsys):
     csv = ("--csv", tmp_path / "x.csv")
     for command in (["cliffs", "--table"], ["transfer", "--tuned", SHIPPED, "--from"]):
         assert "cannot serve a100-108sm" in fails(capsys, *command, SHIPPED, *csv)
+    device(MadeUp(replace(H100, num_sms=78)))  # whose look-ups take kernels of it, but no row
+    assert "cannot serve h100-78sm" in fails(capsys, "cliffs", "--table", SHIPPED, *csv)
     both = ("regret", "--table", SHIPPED, "--tuned", SHIPPED)
     device(MadeUp(H200))  # the look-up takes an H100's plans, but they are no tune of this GPU
     assert "another GPU than this, h200-132sm" in fails(capsys, *both, *csv)
