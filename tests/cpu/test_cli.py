@@ -278,7 +278,8 @@ def test_a_bench_is_written_beside_a_table_of_this_gpu_alone(recording, home):
     """Not beside one that only lends it kernels, which may be a shipped one."""
     tune(recording, "--out", str(home / "out"))
     table = DispatchTable.load(home / "out" / H100.slug)
-    for gpu, folder in ((H100, table.folder), (replace(H100, num_sms=60), Path()), (replace(H100, bandwidth_gbs=4800), Path())):
+    others = (replace(H100, num_sms=60), Path()), (replace(H100, bandwidth_gbs=4800), Path())
+    for gpu, folder in ((H100, table.folder), *others):
         dispatcher = Dispatcher(gpu, [table])
         assert dispatcher.tables == [table] and bench.own_folder(dispatcher) == folder
 
