@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from marlin_gen import env
@@ -33,6 +32,6 @@ def tables_below(folder: Path) -> list[DispatchTable]:
     return [table for found in _table_folders(folder) if (table := DispatchTable.load(found))]
 
 
-def _table_folders(folder: Path) -> Iterator[Path]:
+def _table_folders(folder: Path) -> list[Path]:
     """``folder`` itself or its subfolders, sorted, that hold a table."""
-    yield from sorted(path.parent for pattern in (FILE_NAME, f"*/{FILE_NAME}") for path in folder.glob(pattern))
+    return sorted(path.parent for pattern in (FILE_NAME, f"*/{FILE_NAME}") for path in folder.glob(pattern))

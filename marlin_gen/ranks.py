@@ -18,9 +18,9 @@ def table_hash(device: torch.device | str | int | None = None) -> str:
     """sha256 (hex, 64 characters) of the tables by which ``device`` chooses its kernels, in their order.
 
     Equal on two ranks exactly if they resolve the same rows to the same intact kernels. ``device``: a CUDA device
-    (default: the current one), for which the
-    tables of its architecture count; on a machine without a GPU, or for "cpu", all tables
-    found do. Raises FileNotFoundError when MARLIN_GEN_TABLE holds no table, ValueError for a GPU that is too old.
+    (default: the current one), for which all tables of its architecture count; on a machine without a GPU, or for
+    "cpu", all tables found do. Raises FileNotFoundError when MARLIN_GEN_TABLE holds no table, ValueError for a GPU
+    that is too old.
     """
     tables, forced = installed.find_tables(), dispatch.forced_plan()
     gpu = _gpu(device)
