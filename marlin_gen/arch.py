@@ -89,15 +89,14 @@ class Gpu:
         """Whether a table measured on ``other`` may serve this GPU without a mark."""
         ratio = self.bandwidth_gbs / max(other.bandwidth_gbs, 1)
         return (
-            tuple(self.capability) == tuple(other.capability)
-            and self.num_sms == other.num_sms
+            self.related(other)
             and self.l2_bytes == other.l2_bytes
             and self.smem_per_sm == other.smem_per_sm
             and 1 / self.BANDWIDTH_CLASS < ratio < self.BANDWIDTH_CLASS
         )
 
     def related(self, other: Gpu) -> bool:
-        """Whether the two differ by their memory alone, so that each one's rows may serve the other with a mark."""
+        """Whether the two differ by their memory at most, so that each one's rows may serve the other, with a mark."""
         return tuple(self.capability) == tuple(other.capability) and self.num_sms == other.num_sms
 
     def to_json(self) -> dict[str, Any]:

@@ -99,8 +99,8 @@ class Dispatcher:
         self.arch = gpu.arch  # raises here for a GPU that no kernel runs on
         self.forced = forced
         same = [table for table in tables if gpu.same_class(table.gpu)]
-        related = [table for table in tables if table not in same and gpu.related(table.gpu)]
-        others = [table for table in tables if table not in (*same, *related) and table.gpu.arch == self.arch]
+        related = [table for table in tables if gpu.related(table.gpu) and not gpu.same_class(table.gpu)]
+        others = [table for table in tables if table.gpu.arch == self.arch and not gpu.related(table.gpu)]
         self.tables = [*same, *related, *others]
         self._indices = (("", TableIndex.of(same)), ("related ", TableIndex.of(related)))
         self.winners = TableIndex.of(self.tables)  # of each problem on this GPU, else on one that is like it

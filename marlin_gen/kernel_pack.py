@@ -13,7 +13,6 @@ import re
 import tarfile
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 from marlin_gen import whole_files, xz
@@ -30,7 +29,6 @@ MAX_UNPACKED = 128 << 20  # thirty times a large one
 _MEMBER = re.compile(r"([a-z0-9_-]{1,160})\.cubin", re.ASCII)
 
 
-@lru_cache(maxsize=1 << 14)
 def kind_of(key: str) -> str:
     """Of a spec's key: such as u4b8g128-f16."""
     spec = KernelSpec.from_key(key)

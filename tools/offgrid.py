@@ -176,8 +176,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"no usable {FILE_NAME} in one of {', '.join(map(str, folders))}; name what tune wrote")
     with tempfile.TemporaryDirectory(prefix="marlin_gen-") as scratch, gpus.measurer(options.device) as measurer:
         gpu, first = measurer.gpu, tables[0]
-        served = gpu.same_class(first.gpu) or gpu.related(first.gpu)
-        if not (gpu.arch == first.gpu.arch if options.ask is transfer else served):
+        if not (gpu.arch == first.gpu.arch if options.ask is transfer else gpu.related(first.gpu)):
             raise ValueError(f"{first.folder} is of {first.gpu.slug} and cannot serve {gpu.slug}; name one that can")
         if not all(gpu.same_class(tuned.gpu) for tuned in tables[1:]):
             raise ValueError(f"{options.tuned} was tuned on another GPU than this, {gpu.slug}; tune the same here")

@@ -23,6 +23,8 @@ from marlin_gen.table import DispatchTable, TableWarning
 from marlin_gen.table_index import MAX_DISTANCE, POOR_DEFAULT, distance, wave_fill
 
 M1, M16, M64 = mma(32), wgmma(16), wgmma(64)
+NVL = replace(H100, bandwidth_gbs=3938)  # an H100 with other memory, so related
+SLICE = replace(H100, num_sms=60)  # of an H100: of its architecture alone
 
 
 def bare(rows, gpu=H100) -> DispatchTable:
@@ -292,13 +294,13 @@ def test_a_search_is_told_the_winners_of_the_default_format_where_its_groups_fit
 
 def test_a_search_is_told_the_winners_of_another_gpu_of_its_architecture():
     """A slice of an H100 tries what won at the same shape on the whole, which serves no call there."""
-    slice_of_it, asked = replace(H100, num_sms=60), Problem(4096, 4096, 10)
-    assert known_winners(slice_of_it, [ONE_SHAPE], [asked]) == {asked: [M16]}
-    nvl = replace(H100, bandwidth_gbs=3938)  # where defaults may come before the nearest row
+    asked = Problem(4096, 4096, 10)
+    assert known_winners(SLICE, [ONE_SHAPE], [asked]) == {asked: [M16]}
+    # Where defaults may come before the nearest row.
     timed = replace(row(4096, 4096, 1, M1, default=NEAREST_DEFAULT), default_us=10.0)
-    assert known_winners(nvl, [bare([timed])], [UNSEEN]) == {UNSEEN: [M1]}
+    assert known_winners(NVL, [bare([timed])], [UNSEEN]) == {UNSEEN: [M1]}
     assert known_winners(A100, [ONE_SHAPE], [asked]) == {}
-    assert "exact" not in dict(plans(asked, ONE_SHAPE, gpu=slice_of_it))
+    assert "exact" not in dict(plans(asked, ONE_SHAPE, gpu=SLICE))
 
 
 def test_a_related_gpu_ranks_below_with_a_mark():
@@ -315,63 +317,59 @@ def test_a_related_gpu_ranks_below_with_a_mark():
 @pytest.mark.parametrize(("loss", "first"), [(GOOD_DEFAULTS - 0.01, "default"), (1.2, "related nearest")])
 def test_rows_of_a_related_gpu_say_whether_defaults_are_good(loss, first, tmp_path):
     """An H100 NVL has the H100's SMs and other memory, and no table: the H100's says that for both."""
-    nvl = replace(H100, bandwidth_gbs=3938)
-    default = default_plan(UNSEEN, nvl)
+    default = default_plan(UNSEEN, NVL)
     table = tables.table(tmp_path, [replace(row(16384, 4096, 1, M1, default=default), default_us=10.0 * loss)])
-    found = plans(UNSEEN, table, gpu=nvl)
+    found = plans(UNSEEN, table, gpu=NVL)
     assert found[0][0] == first and {("default", default), ("related nearest", M1)} <= set(found)
 
 
 def test_a_gpu_without_rows_takes_what_fits_and_its_kernels_from_one_of_its_architecture(tmp_path):
     """An H20 or a slice of an H100. Its rows say nothing of this GPU: neither of their own shape nor of near ones."""
-    slice_of_it = replace(H100, num_sms=60)
     served = Problem(5120, 5120, 64)
-    default = default_plan(served, slice_of_it)
+    default = default_plan(served, SLICE)
     table = fitting_table(tmp_path, row(4096, 4096, 64, M64, default=default))
-    dispatcher = Dispatcher(slice_of_it, [table])
+    dispatcher = Dispatcher(SLICE, [table])
     between, ready = next(dispatcher.choose(Problem(16384, 4096, 160))), next(dispatcher.choose(served))
     assert (between.origin, between.plan) == ("fitting", FITS) and between.kernel
     assert (ready.origin, ready.plan) == ("default", default) and ready.kernel
-    assert {origin for origin, _ in plans(Problem(6144, 4096, 160), table, gpu=slice_of_it)} == {"fitting", "default"}
+    assert {origin for origin, _ in plans(Problem(6144, 4096, 160), table, gpu=SLICE)} == {"fitting", "default"}
     # A small table of its own takes nothing away.
-    own = tables.table(tmp_path / "own", [row(2048, 2048, 1, M1)], gpu=slice_of_it)
-    assert plans(Problem(16384, 4096, 160), own, table, gpu=slice_of_it)[0] == ("fitting", FITS)
+    own = tables.table(tmp_path / "own", [row(2048, 2048, 1, M1)], gpu=SLICE)
+    assert plans(Problem(16384, 4096, 160), own, table, gpu=SLICE)[0] == ("fitting", FITS)
     # Up to 16 tokens the estimate goes by the memory, and what won with another says nothing.
     few = tables.table(tmp_path / "few", [row(6144, 4096, 16, Plan(replace(M16.config, dequant="deferred")))])
-    assert "fitting" not in dict(plans(Problem(16384, 4096, 16), few, gpu=slice_of_it))
+    assert "fitting" not in dict(plans(Problem(16384, 4096, 16), few, gpu=SLICE))
 
 
 def test_of_each_problem_the_winner_of_the_gpu_most_like_it_counts(tmp_path):
     """Related before others of the architecture, whatever the order in which tables are found."""
-    nvl, slice_of_it = replace(H100, bandwidth_gbs=3938), replace(H100, num_sms=60)
     near, far = FITS, Plan(replace(FITS.config, num_stages=4))
     found = [tables.table(tmp_path / name, [row(6144, 4096, 160, plan)], gpu=gpu)
-             for name, plan, gpu in (("far", far, slice_of_it), ("near", near, H100))]  # fmt: skip
+             for name, plan, gpu in (("far", far, SLICE), ("near", near, H100))]  # fmt: skip
     for order in (found, found[::-1]):
-        assert plans(Problem(16384, 4096, 160), *order, gpu=nvl)[0] == ("fitting", near)
+        assert plans(Problem(16384, 4096, 160), *order, gpu=NVL)[0] == ("fitting", near)
 
 
 def test_what_fits_comes_before_a_related_row_of_a_third_more_tokens(tmp_path):
     served = Plan(replace(FITS.config, block_m=256, num_stages=2))
     related = fitting_table(tmp_path, row(16384, 4096, 256, served))
-    found = plans(Problem(16384, 4096, 160), related, gpu=replace(H100, bandwidth_gbs=3938))
+    found = plans(Problem(16384, 4096, 160), related, gpu=NVL)
     assert found[0] == ("fitting", FITS) and ("related exact", served) in found
 
 
 def test_a_related_row_close_by_says_whether_the_default_is_good_there(tmp_path):
     """Also where the GPU's own rows say nothing of defaults."""
-    nvl = replace(H100, bandwidth_gbs=3938)
-    default = default_plan(Problem(4096, 4096, 1), nvl)
+    default = default_plan(Problem(4096, 4096, 1), NVL)
     close = replace(row(4096, 4096, 1, M1, default=default), default_us=10.0 * (POOR_DEFAULT + 0.01))
     far = [replace(row(64 << i, 512, 1, M1, default=default), default_us=10.0) for i in range(4)]
     related = tables.table(tmp_path, [close, *far])
-    own = bare([row(28672, 8192, 1, M1)], nvl)
+    own = bare([row(28672, 8192, 1, M1)], NVL)
     for found in ([related], [own, related]):
-        assert plans(UNSEEN, *found, gpu=nvl)[0] == ("related nearest", M1)
+        assert plans(UNSEEN, *found, gpu=NVL)[0] == ("related nearest", M1)
 
 
 def test_a_kernel_is_taken_from_the_table_of_the_gpu_most_like_it(tmp_path):
-    gpus = {"own": H100, "related": H200, "other": replace(H100, num_sms=60)}
+    gpus = {"own": H100, "related": H200, "other": SLICE}
     found = {name: tables.table(tmp_path / name, [row(4096, 4096, 1, M1)], gpu=gpu) for name, gpu in gpus.items()}
     spec = KernelSpec(M1.config, "u4b8g128", "f16", "sm_90a")
     for first, rest in (("own", ["other", "related", "own"]), ("related", ["other", "related"]), ("other", ["other"])):
